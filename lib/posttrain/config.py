@@ -1,0 +1,236 @@
+"""The schema of every file in configs/: what a person writes, checked before anything runs.
+
+Imports pydantic and the standard library only; posttrain/config_file.py reads the YAML.
+The library below takes named arguments: this tree stops at steps/.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Plugin = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", examples=["package.module:name"])]
+"""An import path, `package.module:name`."""
+
+
+class Section(BaseModel):
+    """Immutable; an unknown key is an error, not a typo that trains for a day."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class FreshModel(Section):
+    """Shape of a small Qwen3 drawn at random, with a tokenizer trained on the run's own data."""
+
+    hidden_size: int = Field(default=128, ge=8)
+    num_layers: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=4, ge=1)
+    num_kv_heads: int = Field(default=2, ge=1)
+    mlp_size: int = Field(default=512, ge=8)
+    max_length: int = Field(default=128, ge=8)
+    """Longest sequence, tokens."""
+    vocab_size: int = Field(default=512, ge=300)
+    """Upper bound for the trained tokenizer; the byte alphabet alone takes 259."""
+
+    @model_validator(mode="after")
+    def heads_divide(self):
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}, "
+                f"and num_heads of num_kv_heads={self.num_kv_heads}"
+            )
+        return self
+
+
+class Model(Section):
+    """Which weights to start from: `path`, or `fresh`."""
+
+    path: str | None = None
+    """Hugging Face model folder (local or s3://), or a hub id."""
+    revision: str | None = None
+    """Hub commit, 40 hex digits; needed with a hub id, so that a run can be repeated."""
+    fresh: FreshModel | None = None
+    """Build a small model instead of loading one."""
+
+    @model_validator(mode="after")
+    def one_source(self):
+        if (self.path is None) == (self.fresh is None):
+            raise ValueError("set exactly one of path and fresh")
+        return self
+
+
+class Data(Section):
+    """Rows: a .jsonl or .parquet file (local or s3://), or `package.module:function` called with the seed."""
+
+    demonstrations: str | None = None
+    """Rows with `messages` that end in an assistant turn, for the SFT warm-up."""
+    prompts: str
+    """Rows with `messages` or `prompt`, and whatever fields the reward reads."""
+    held_out: str
+    """Rows like prompts, never trained on; the evaluation."""
+    max_prompt_tokens: int = Field(default=64, ge=1)
+    """A longer prompt is refused, tokens."""
+    pack_tokens: int = Field(default=1024, ge=16)
+    """Size T of a pack, the unit of a forward pass, tokens."""
+
+
+class Warmup(Section):
+    """Supervised fine-tuning before the recipe proper."""
+
+    num_steps: int = Field(default=100, ge=1)
+    samples_per_step: int = Field(default=128, ge=1)
+    """Demonstrations in one optimizer step, over all ranks."""
+    lr: float = Field(default=2e-3, gt=0)
+    """Peak learning rate; decays linearly to zero."""
+
+
+class GRPO(Section):
+    """Group-relative policy optimisation (arXiv:2402.03300)."""
+
+    name: Literal["grpo"] = "grpo"
+    group_size: int = Field(default=8, ge=2)
+    """Completions sampled for each prompt; the group is its own baseline, so 1 has no signal."""
+    normalize_std: bool = False
+    """Divide advantages by the group's standard deviation; off is Dr. GRPO (arXiv:2503.20783)."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    """Upper bound of the trainer/sampler probability ratio of a token."""
+    kl_coef: float | None = Field(default=None, ge=0)
+    """Weight of KL(policy || start) in the loss; 0 only measures it, null keeps no reference model."""
+
+
+class Optim(Section):
+    """AdamW and its schedule, for the recipe; the warm-up shares all but lr, schedule and num_steps."""
+
+    num_steps: int = Field(default=40, ge=1)
+    """Optimizer steps of the recipe."""
+    lr: float = Field(default=1e-6, ge=0)
+    """Peak learning rate; 0 changes nothing and is the paired baseline."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """After the linear warm-up: hold, or decay to zero."""
+    warmup_steps: int = Field(default=5, ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """On matrices only."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class Rollout(Section):
+    """How the policy is sampled in training."""
+
+    generator: Literal["transformers"] | Plugin = "transformers"
+    """The embedded engine, or your own class."""
+    prompts_per_step: int = Field(default=64, ge=1)
+    """Groups in one optimizer step."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=16, ge=1)
+    timeout_s: float = Field(default=600, gt=0)
+    """Deadline of one batch of generation, and of one training step, seconds."""
+
+
+class Reward(Section):
+    """What a completion is worth."""
+
+    function: Plugin
+    """`f(row, completion) -> float`, or a dict of named parts that sum to the reward."""
+    timeout_s: float = Field(default=10, gt=0)
+    """Deadline for one group, seconds; then its process is killed."""
+    max_failures: int = Field(default=20, ge=0)
+    """Groups that may be dropped in the whole run because their reward failed; one more stops it."""
+
+
+class Parallel(Section):
+    """Where and on how much the run executes."""
+
+    backend: Literal["local", "kubernetes", "batch"] = "local"
+    """Where Metaflow runs the steps."""
+    data: int = Field(default=2, ge=1)
+    """Data-parallel policy ranks, over all nodes."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines of the train step."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    cpus_per_node: int = Field(default=2, ge=1)
+    """Requested from Kubernetes or Batch; on a laptop every core is used."""
+    memory_gib: int = Field(default=8, ge=1)
+    """Per node."""
+    image: str | None = None
+    """Container image with posttrain's dependencies."""
+    queue: str | None = None
+    """AWS Batch job queue."""
+
+
+class Checkpoint(Section):
+    """When training state is committed and how much is kept."""
+
+    root: str | None = None
+    """Folder or s3:// prefix of all runs' files; null is ./runs of where the run was started."""
+    every_steps: int | None = Field(default=None, ge=1)
+    every_minutes: float = Field(default=10, gt=0)
+    """Whichever comes first; the last step always commits."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept; an older one goes only after the newer verifies."""
+
+
+class Eval(Section):
+    """Measurement on held-out rows."""
+
+    every_steps: int = Field(default=10, ge=1)
+    """Quick evaluation during training: one sample per row at the training temperature."""
+    samples: int = Field(default=4, ge=1)
+    """Samples per row in the final evaluation, beside one greedy answer."""
+
+
+class RunConfig(Section):
+    """One run."""
+
+    seed: int = Field(default=0, ge=0)
+    model: Model
+    data: Data
+    warmup: Warmup | None = None
+    """null starts the recipe from the model as it is."""
+    method: GRPO = GRPO()
+    optim: Optim = Optim()
+    rollout: Rollout = Rollout()
+    reward: Reward
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def fits_together(self):
+        problems = []
+        need = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if need > self.data.pack_tokens:
+            problems.append(
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {need} exceeds data.pack_tokens = "
+                f"{self.data.pack_tokens}: a rollout must fit in a pack"
+            )
+        if self.model.fresh and need > self.model.fresh.max_length:
+            problems.append(
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {need} exceeds model.fresh.max_length = "
+                f"{self.model.fresh.max_length}"
+            )
+        if self.warmup and not self.data.demonstrations:
+            problems.append("warmup needs data.demonstrations; name a source, or set warmup: null")
+        if self.optim.warmup_steps >= self.optim.num_steps and self.optim.schedule == "linear":
+            problems.append(
+                f"optim.warmup_steps = {self.optim.warmup_steps} leaves none of optim.num_steps = "
+                f"{self.optim.num_steps} for the linear decay"
+            )
+        if self.rollout.prompts_per_step % self.parallel.data:
+            problems.append(
+                f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not divisible by parallel.data = "
+                f"{self.parallel.data}: every rank trains the same number of groups"
+            )
+        gpus = self.parallel.nodes * self.parallel.gpus_per_node
+        if gpus and self.parallel.data > gpus:
+            problems.append(f"parallel.data = {self.parallel.data} ranks need as many GPUs; the run asks for {gpus}")
+        if self.parallel.backend != "local" and not (self.checkpoint.root or "").startswith("s3://"):
+            problems.append(
+                f"parallel.backend = {self.parallel.backend} runs every step in a container of its own; "
+                "set checkpoint.root to an s3:// prefix that all can reach"
+            )
+        if self.parallel.backend == "batch" and not self.parallel.queue:
+            problems.append("parallel.backend = batch needs parallel.queue")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -1,0 +1,124 @@
+"""A YAML file becomes a RunConfig, or one message with every problem in it."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from posttrain.config import RunConfig
+from posttrain.errors import ConfigError
+
+
+def load_config(text: str) -> RunConfig:
+    """Parse and validate a YAML run config.
+
+    A document may name another file as its `base`, and may override single keys with
+    dotted paths: `{base: configs/grpo_tiny.yaml, optim.lr: 1e-4}`. Relative bases are
+    resolved against the working directory.
+
+    Raises:
+        ConfigError: every problem at once, one per line, with its path, the value given
+            and, for an unknown key, the nearest known one.
+    """
+    document = _document(text, where="config", seen=())
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        problems += _combinations(document, [problem["loc"] for problem in error.errors()])
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _document(text: str, *, where: str, seen: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where} must be a YAML mapping of sections, got {type(document).__name__}")
+    base = document.pop("base", None)
+    merged: dict[str, Any] = {}
+    if base is not None:
+        path = Path(str(base)).expanduser().resolve()
+        if path in seen:
+            raise ConfigError(f"{where}: base {base} includes itself")
+        if not path.is_file():
+            raise ConfigError(f"{where}: base {base} does not exist (looked for {path})")
+        merged = _document(path.read_text(), where=str(base), seen=(*seen, path))
+    for key, value in document.items():
+        _put(merged, str(key), value, where)
+    return merged
+
+
+def _put(target: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key; a mapping is merged into the section it names, null removes what the base set."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        below = target.get(parent)
+        if below is not None and not isinstance(below, dict):
+            raise ConfigError(f"{where}: {key}: {parent} is a value, not a section")
+        target[parent] = target = dict(below or {})
+    if isinstance(value, dict) and isinstance(target.get(leaf), dict):
+        merged = dict(target[leaf])
+        for inner, inner_value in value.items():
+            _put(merged, str(inner), inner_value, where)
+        target[leaf] = merged
+    else:
+        target[leaf] = value
+
+
+def _combinations(document: dict[str, Any], wrong: list[tuple[int | str, ...]]) -> list[str]:
+    """Impossible combinations among the values that are right; pydantic looks for them only when all are."""
+    rest = json.loads(json.dumps(document, default=str))
+    for loc in wrong:
+        _at(rest, loc[:-1]).pop(loc[-1] if loc else None, None)
+    lines: list[str] = []
+    for _ in range(2):  # a required value that was wrong, and is now missing, gets a stand-in of the right form
+        try:
+            RunConfig.model_validate(rest)
+        except ValidationError as error:
+            lines = [line for p in error.errors() if not p["loc"] for line in _explain(p).splitlines()]
+            for problem in error.errors():
+                if problem["type"] == "missing":
+                    _at(rest, problem["loc"][:-1])[problem["loc"][-1]] = "stand.in:value"
+    paths = [".".join(map(str, loc)) for loc in wrong]
+    return [line for line in lines if not any(path and path in line for path in paths)]
+
+
+def _at(document: Any, loc: tuple[int | str, ...]) -> dict[Any, Any]:
+    """The section at a path; an empty one where there is none."""
+    for part in loc:
+        document = document.get(part) if isinstance(document, dict) else None
+    return document if isinstance(document, dict) else {}
+
+
+def _explain(problem: Any) -> str:
+    """One line of the form `path: what is wrong (got value); fix`."""
+    path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if problem["type"] == "value_error":
+        text = str(problem["ctx"]["error"])
+        return f"{path}: {text}" if path else text
+    if problem["type"] == "string_pattern_mismatch":
+        return f'{path}: write it as package.module:name (got "{problem["input"]}")'
+    if problem["type"] == "missing":
+        return f"{path}: required, and not set"
+    return f"{path}: {problem['msg'].lower()} (got {json.dumps(problem['input'], default=str)})"
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in loc:
+        field = section.model_fields.get(part) if isinstance(section, type) else None
+        if field is None:
+            return []
+        options = [field.annotation, *get_args(field.annotation)]
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return list(section.model_fields) if section else []

@@ -1,0 +1,77 @@
+"""A manifest: the list of a folder's files with size and sha256. A folder without a true one is not there."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Version of the manifest's own layout."""
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """Hash of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(folder: str | Path, **facts: Any) -> dict[str, Any]:
+    """Hash and fsync every file of `folder`, then write manifest.json with those hashes and `facts`."""
+    folder = Path(folder)
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    manifest = {"format": FORMAT, "files": files, **facts}
+    with open(folder / MANIFEST, "w") as file:
+        json.dump(manifest, file, indent=2, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest
+
+
+def read_manifest(folder: str | Path, *, shown_as: str | None = None) -> dict[str, Any]:
+    """The manifest of a local folder.
+
+    Raises:
+        CheckpointError: absent, not JSON, or of another format.
+    """
+    name = shown_as or str(folder)
+    path = Path(folder, MANIFEST)
+    if not path.is_file():
+        raise CheckpointError(f"{name} has no {MANIFEST}: it was never committed")
+    try:
+        manifest = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{name}/{MANIFEST} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{name}/{MANIFEST} has another format than {FORMAT}; it was written by another version")
+    return manifest
+
+
+def verify_folder(folder: str | Path, *, shown_as: str | None = None) -> dict[str, Any]:
+    """Check every file against the manifest and return it.
+
+    Raises:
+        CheckpointError: names the first file that is missing, truncated or changed.
+    """
+    name = shown_as or str(folder)
+    manifest = read_manifest(folder, shown_as=shown_as)
+    for relative, expected in manifest["files"].items():
+        path = Path(folder, relative)
+        if not path.is_file():
+            raise CheckpointError(f"{name}/{relative} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{name}/{relative} has {path.stat().st_size} bytes, expected {expected['bytes']}")
+        if file_sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{name}/{relative} differs from its hash: the bytes changed after they were written")
+    return manifest
