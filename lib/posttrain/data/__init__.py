@@ -1,0 +1,1 @@
+"""The data pillar: rows in, batches out."""

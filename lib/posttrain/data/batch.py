@@ -1,0 +1,45 @@
+"""A pack becomes a Batch of tensors. The only padding in the repository."""
+
+import numpy as np
+import torch
+
+from posttrain.data.types import Batch, Pack
+
+
+def collate(pack: Pack, *, pack_tokens: int) -> Batch:
+    """Lay the samples of `pack` end to end in [T]; the tail is zeros without loss.
+
+    The tail counts as documents no longer than the longest real one, so that padding
+    never widens the attention.
+
+    `loss_idx` is computed here, on the host, so that the LM head sees only rows that
+    carry loss and no device sync is needed to know their number.
+    """
+    lengths = [len(sample) for sample in pack.samples]
+    longest = max(lengths)
+    tail = pack_tokens - sum(lengths)
+    assert tail >= 0, f"pack of {sum(lengths)} tokens exceeds pack_tokens={pack_tokens}"
+    lengths += [min(longest, tail - start) for start in range(0, tail, longest)]
+
+    def flat(name: str, dtype: type) -> np.ndarray:
+        columns = [getattr(sample, name) for sample in pack.samples]
+        return np.concatenate([*columns, np.zeros(tail, dtype)]).astype(dtype)
+
+    mask = flat("loss_mask", np.float32)
+    loss_idx = np.flatnonzero(mask)
+    extra = {
+        name: torch.from_numpy(flat(name, np.float32)[loss_idx])
+        for name in ("sampler_logprobs", "advantages")
+        if getattr(pack.samples[0], name) is not None
+    }
+    return Batch(
+        input_ids=torch.from_numpy(flat("input_ids", np.int64)),
+        target_ids=torch.from_numpy(flat("target_ids", np.int64)),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        doc_id=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        loss_idx=torch.from_numpy(loss_idx),
+        loss_mask=torch.from_numpy(mask[loss_idx]),
+        max_doc_len=longest,
+        **extra,
+    )

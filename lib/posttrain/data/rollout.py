@@ -1,0 +1,32 @@
+"""Prompts become sampling seeds; a scored group of rollouts becomes Units to train on."""
+
+import hashlib
+from collections.abc import Sequence
+
+from posttrain.data.sample import shift
+from posttrain.data.types import Rollout, Unit
+
+
+def request_seed(run_seed: int, uid: int, sample_index: int, attempt: int) -> int:
+    """64 bits that depend on nothing else: a rollout is the same on any engine, in any order, after any restart."""
+    text = f"{run_seed}/{uid}/{sample_index}/{attempt}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+
+
+def group_units(group: Sequence[Rollout], advantages: Sequence[float]) -> list[Unit]:
+    """One Unit per rollout: the completion carries loss, its advantage stands on every token of it."""
+    units = []
+    for rollout, advantage in zip(group, advantages, strict=True):
+        prompt, completion = rollout.prompt.token_ids, rollout.token_ids
+        silent, trained = [0.0] * len(prompt), len(completion)
+        units.append(
+            (
+                shift(
+                    prompt + completion,
+                    silent + [1.0] * trained,
+                    sampler_logprobs=silent + list(rollout.logprobs),
+                    advantages=silent + [advantage] * trained,
+                ),
+            )
+        )
+    return units

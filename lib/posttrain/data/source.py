@@ -1,0 +1,89 @@
+"""Bytes on disk or S3, or a generating function, become Rows; and back, as Parquet."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from posttrain import storage
+from posttrain.data.types import Row
+from posttrain.errors import DataError
+from posttrain.plugin import resolve
+
+FILE_TYPES = (".jsonl", ".parquet")
+
+
+def is_file(source: str) -> bool:
+    """Whether a config's source names a file, and not a function."""
+    return source.endswith(FILE_TYPES) or "/" in source
+
+
+def check_source(source: str, *, key: str) -> None:
+    """Refuse a source that cannot be read, without reading it.
+
+    Raises:
+        DataError: no such file, or not a known file type.
+        ConfigError: no such function.
+    """
+    if not is_file(source):
+        resolve(source, key=key)
+        return
+    if not source.endswith(FILE_TYPES):
+        raise DataError(f"{key}: {source}: known file types are {', '.join(FILE_TYPES)}")
+    if not storage.exists(source):
+        where = "" if storage.is_s3(source) else f" (looked for {Path(source).resolve()})"
+        raise DataError(f"{key}: {source} does not exist{where}")
+
+
+def read_rows(source: str, *, key: str, seed: int) -> list[Row]:
+    """All rows of a source, in order.
+
+    Raises:
+        DataError: empty, or names the file and line that is not a record.
+    """
+    if not is_file(source):
+        rows = list(resolve(source, key=key)(seed))
+    elif source.endswith(".parquet"):
+        rows = _parquet_rows(source, key)
+    else:
+        rows = list(_jsonl_rows(source, key))
+    if not rows:
+        raise DataError(f"{key}: {source} has no rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{key}: {source}, row {number}: expected a record, got {type(row).__name__}")
+    return rows
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """One Parquet file; every row as JSON in column `row`, so that any record round-trips exactly."""
+    table = pa.table({"row": [json.dumps(row, ensure_ascii=False) for row in rows]})
+    pq.write_table(table, path, write_page_checksum=True)
+
+
+def stored_rows(path: Path) -> list[Row]:
+    """Read what write_rows() wrote."""
+    column = pq.read_table(path, page_checksum_verification=True)["row"]
+    return [json.loads(value.as_py()) for value in column]
+
+
+def _parquet_rows(source: str, key: str) -> list[Row]:
+    try:
+        return pq.read_table(io.BytesIO(storage.read_bytes(source)), page_checksum_verification=True).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{key}: {source} is not a whole Parquet file: {error}") from None
+
+
+def _jsonl_rows(source: str, key: str) -> Iterator[Row]:
+    for number, line in enumerate(storage.read_bytes(source).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{key}: {source}:{number}: byte {error.start} is not UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{key}: {source}:{number}: not JSON: {error}") from None

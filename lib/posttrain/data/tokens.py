@@ -1,0 +1,118 @@
+"""Token Parquet: tokenised samples on disk, and the numbers that describe them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from posttrain.data.pack import pack
+from posttrain.data.sample import shift
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.types import Row, Sample
+from posttrain.errors import DataError
+
+
+def tokenize_conversations(rows: Sequence[Row], tokenizer: BaseHFModelTokenizer, *, key: str) -> list[Sample]:
+    """Rows with `messages` become Samples.
+
+    Raises:
+        DataError: names the row whose messages are missing or train no token.
+    """
+    samples = []
+    for number, row in enumerate(rows):
+        if not isinstance(row.get("messages"), list):
+            raise DataError(f"{key}, row {number}: no list under `messages`; found keys {sorted(row)}")
+        try:
+            ids, mask = tokenizer.conversation(row["messages"])
+            samples.append(shift(ids, [float(m) for m in mask]))
+        except DataError as error:
+            raise DataError(f"{key}, row {number}: {error}") from None
+    return samples
+
+
+def tokenize_prompts(
+    rows: Sequence[Row], tokenizer: BaseHFModelTokenizer, *, key: str, max_prompt_tokens: int
+) -> list[tuple[int, ...]]:
+    """Rows with `messages` or `prompt` become prompt ids.
+
+    Raises:
+        DataError: neither is there, or the prompt is longer than the limit.
+    """
+    prompts = []
+    for number, row in enumerate(rows):
+        messages = row.get("messages")
+        if messages is None and isinstance(row.get("prompt"), str):
+            messages = [{"role": "user", "content": row["prompt"]}]
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{key}, row {number}: neither `messages` nor `prompt`; found keys {sorted(row)}")
+        ids = tokenizer.prompt(messages)
+        if len(ids) > max_prompt_tokens:
+            raise DataError(
+                f"{key}, row {number}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
+                f"{max_prompt_tokens}; raise it or shorten the prompt"
+            )
+        prompts.append(tuple(ids))
+    return prompts
+
+
+def write_samples(samples: Sequence[Sample], path: Path) -> None:
+    """Columns input_ids, target_ids, loss_mask and length, one row per sample, page checksums on."""
+    table = pa.table(
+        {
+            "input_ids": pa.array([s.input_ids for s in samples], pa.list_(pa.int32())),
+            "target_ids": pa.array([s.target_ids for s in samples], pa.list_(pa.int32())),
+            "loss_mask": pa.array([s.loss_mask for s in samples], pa.list_(pa.float32())),
+            "length": pa.array([len(s) for s in samples], pa.int32()),
+        }
+    )
+    pq.write_table(table, path, write_page_checksum=True)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """What write_samples() wrote; page checksums verified."""
+    table = pq.read_table(path, page_checksum_verification=True)
+    columns = {
+        name: (table[name].combine_chunks().values.to_numpy(), table[name].combine_chunks().offsets.to_numpy())
+        for name in ("input_ids", "target_ids", "loss_mask")
+    }
+    return [
+        Sample(**{name: values[offsets[i] : offsets[i + 1]] for name, (values, offsets) in columns.items()})
+        for i in range(table.num_rows)
+    ]
+
+
+def write_prompts(rows: Sequence[Row], token_ids: Sequence[tuple[int, ...]], path: Path) -> None:
+    """Columns row (JSON) and input_ids, one row per prompt."""
+    table = pa.table(
+        {
+            "row": [json.dumps(row, ensure_ascii=False) for row in rows],
+            "input_ids": pa.array(token_ids, pa.list_(pa.int32())),
+        }
+    )
+    pq.write_table(table, path, write_page_checksum=True)
+
+
+def read_prompts(path: Path) -> tuple[list[Row], list[tuple[int, ...]]]:
+    """What write_prompts() wrote."""
+    table = pq.read_table(path, page_checksum_verification=True)
+    rows = [json.loads(value.as_py()) for value in table["row"]]
+    return rows, [tuple(ids) for ids in table["input_ids"].to_pylist()]
+
+
+def describe(samples: Sequence[Sample], *, pack_tokens: int) -> dict[str, Any]:
+    """Counts, length quantiles and the fill that packing will reach, as plain values."""
+    lengths = np.array([len(sample) for sample in samples])
+    window = [(sample,) for sample in samples[:1024]]
+    packs = pack(window, pack_tokens=pack_tokens)
+    return {
+        "samples": len(samples),
+        "tokens": int(lengths.sum()),
+        "loss_tokens": int(sum(sample.loss_mask.sum() for sample in samples)),
+        "length_quantiles": {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100)},
+        "pack_tokens": pack_tokens,
+        "predicted_fill": round(sum(p.num_tokens for p in packs) / (len(packs) * pack_tokens), 4),
+    }

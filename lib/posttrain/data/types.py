@@ -1,0 +1,136 @@
+"""The nouns of the data line, each defined once: Row, Sample, Unit, Pack, Batch, Rollout.
+
+Axes: L tokens of one sample, T tokens of a pack, D documents (samples) of a pack,
+N positions of a pack that carry loss. Every [L] and [T] column is already shifted:
+index t holds what is known or wanted about target_ids[t], the token after
+input_ids[t]. The shift happens once, in data/sample.py, and nowhere else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Row = dict[str, Any]
+"""One record as it came from a source: `messages`, or `prompt` and verifier fields."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One tokenized sequence, ready to pack.
+
+    Example:
+        prompt [7, 8], completion [9, 2] ->
+        input_ids [7, 8, 9], target_ids [8, 9, 2], loss_mask [0., 1., 1.]
+    """
+
+    input_ids: np.ndarray
+    """[L] int32, tokens the model reads."""
+    target_ids: np.ndarray
+    """[L] int32, the token after each input."""
+    loss_mask: np.ndarray
+    """[L] float32, weight of the target in the loss; 0 where it is not trained."""
+    sampler_logprobs: np.ndarray | None = None
+    """[L] float32, nats, under the policy that sampled the target; 0 off the mask."""
+    advantages: np.ndarray | None = None
+    """[L] float32, reward units after group centering; 0 off the mask."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+Unit = tuple[Sample, ...]
+"""Samples that must share a pack: (s,) for SFT and RL, (chosen, rejected) for pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """Samples laid end to end, at most T tokens in all; what travels to a rank."""
+
+    samples: tuple[Sample, ...]
+    """In unit order; a unit is never split over packs."""
+    num_units: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample) for sample in self.samples)
+
+    @property
+    def loss_tokens(self) -> float:
+        """Sum of loss weights: the pack's share of the loss denominator."""
+        return float(sum(sample.loss_mask.sum(dtype=np.float64) for sample in self.samples))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One pack as tensors of fixed T, flat (no batch dimension), on one device."""
+
+    input_ids: Tensor
+    """[T] int64; 0 on the padded tail."""
+    target_ids: Tensor
+    """[T] int64."""
+    position_ids: Tensor
+    """[T] int64, restarts at 0 in every document."""
+    doc_id: Tensor
+    """[T] int64, index of the token's document; the padded tail comes last."""
+    cu_seqlens: Tensor
+    """[D+1] int32, document boundaries, those of the padded tail included."""
+    loss_idx: Tensor
+    """[N] int64, positions whose target carries loss, ascending."""
+    loss_mask: Tensor
+    """[N] float32, loss weight of those positions."""
+    max_doc_len: int
+    """Tokens of the longest document, known on the host."""
+    sampler_logprobs: Tensor | None = None
+    """[N] float32, nats."""
+    ref_logprobs: Tensor | None = None
+    """[N] float32, nats, under the frozen reference; filled in on the rank that holds it."""
+    advantages: Tensor | None = None
+    """[N] float32."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        moved = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return Batch(**moved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A question put to the generator, with what its reward needs."""
+
+    uid: int
+    """Draw number: unique in the run, and the root of its samples' seeds."""
+    token_ids: tuple[int, ...]
+    row: Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled completion of a prompt. Token ids in, token ids out; never re-tokenised text.
+
+    Example:
+        prompt (7, 8), sampled 9 then the stop token 2 ->
+        token_ids (9, 2), logprobs (-0.3, -0.1), versions (4, 4), finish_reason "stop"
+    """
+
+    prompt: Prompt
+    sample_index: int
+    token_ids: tuple[int, ...]
+    """[C] the completion, its stop token included when it was sampled."""
+    logprobs: tuple[float, ...]
+    """[C] nats, under the distribution that was sampled from (temperature applied)."""
+    versions: tuple[int, ...]
+    """[C] weight version that made each token."""
+    finish_reason: str
+    """"stop" or "length"."""
+    text: str = ""
+    """Decoded completion without special tokens, for rewards and people."""
+    reward: float | None = None
+    """None until scored; a failed reward drops the group and is never 0."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named components of the reward."""
