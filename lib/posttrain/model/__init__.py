@@ -1,0 +1,1 @@
+"""The model pillar: modules and math. Knows Batch and safetensors, not processes."""

@@ -1,0 +1,19 @@
+"""Supervised fine-tuning: masked negative log-likelihood."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from posttrain.data.types import Batch
+from posttrain.model.forward import Output
+
+
+@dataclass(frozen=True)
+class SFTLoss:
+    """Sum of -log p(target) over loss tokens, in nats."""
+
+    temperature: float = 1.0
+
+    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = -(batch.loss_mask * output.logprobs).sum()
+        return loss, {"entropy": (batch.loss_mask * output.entropy).sum()}
