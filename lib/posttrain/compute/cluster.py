@@ -1,0 +1,144 @@
+"""Ray for the step that is running, on whatever the step was given: a laptop, one node, or a gang of nodes."""
+
+import logging
+import os
+import secrets
+import select
+import socket
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from posttrain.errors import ComputeError
+
+DONE = b"done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gang:
+    """The nodes of one step."""
+
+    num_nodes: int = 1
+    node_index: int = 0
+    main_ip: str = "127.0.0.1"
+    key: str = ""
+    """Same on every node of this attempt, different for any other run: run/step/attempt."""
+
+
+@contextmanager
+def ray_cluster(gang: Gang, *, num_cpus: int, num_gpus: int, join_timeout_s: float = 1800) -> Iterator[bool]:
+    """Bring up Ray inside a step and tear it down with it.
+
+    Yields True on the one node that drives the work, False on nodes that lend their
+    hardware; those stay inside until node 0 is through and fail if it fails. Ray runs on
+    loopback on a single node, has no dashboard, asks for a token that only this step
+    knows, and its processes die with this one (parent-death signals).
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # do not hide GPUs from CPU actors, nor warn of it
+    if gang.num_nodes == 1:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _init(address="local", _node_ip_address="127.0.0.1", num_cpus=num_cpus, num_gpus=num_gpus)
+        try:
+            yield True
+        finally:
+            _shutdown()
+        return
+    if "RAY_AUTH_TOKEN" not in os.environ:
+        raise ComputeError("several nodes need one RAY_AUTH_TOKEN in the environment of all, from a secret")
+    join = _head if gang.node_index == 0 else _worker
+    with join(gang, join_timeout_s, [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]):
+        yield gang.node_index == 0
+
+
+def _init(**options) -> None:
+    import ray
+
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True, **options)
+
+
+def _shutdown() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+@contextmanager
+def _head(gang: Gang, timeout_s: float, flags: list[str]) -> Iterator[None]:
+    """Start the Ray head, wait for every node, and tell the others how it ended."""
+    import ray
+
+    ip, port = gang.main_ip, _port(gang)
+    head = ["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false", *flags]
+    with socket.create_server((ip, port + 1)) as door, _ray_daemon(head):
+        door.settimeout(timeout_s)
+        peers = [door.accept()[0] for _ in range(gang.num_nodes - 1)]
+        _until(lambda: _answers(ip, port), timeout_s, "the Ray head to answer")
+        _init(address=f"{ip}:{port}")
+        _until(
+            lambda: sum(node["Alive"] for node in ray.nodes()) == gang.num_nodes,
+            timeout_s,
+            f"{gang.num_nodes} nodes to join Ray",
+        )
+        try:
+            yield
+            for peer in peers:
+                peer.sendall(DONE)
+        finally:
+            for peer in peers:
+                peer.close()  # a worker that sees the end without DONE fails at once
+            _shutdown()
+
+
+@contextmanager
+def _worker(gang: Gang, timeout_s: float, flags: list[str]) -> Iterator[None]:
+    """Lend this node to the head until it says that it is done."""
+    ip, port = gang.main_ip, _port(gang)
+    _until(lambda: _answers(ip, port), timeout_s, f"the Ray head at {ip}:{port}")
+    with socket.create_connection((ip, port + 1)) as head, _ray_daemon([f"--address={ip}:{port}", *flags]) as daemon:
+        yield
+        while not select.select([head], [], [], 5)[0]:
+            if daemon.poll() is not None:
+                raise ComputeError(f"Ray on node {gang.node_index} exited with code {daemon.returncode}")
+        if head.recv(len(DONE)) != DONE:
+            raise ComputeError(f"node 0 ({ip}) stopped before the work was done; see its log")
+
+
+@contextmanager
+def _ray_daemon(arguments: list[str]) -> Iterator[subprocess.Popen]:
+    """`ray start --block`: one SIGTERM takes down all that it started."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *arguments]
+    daemon = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield daemon
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+def _port(gang: Gang) -> int:
+    """Equal on every node of this attempt; other runs on a shared machine get others."""
+    return 20000 + 2 * (zlib.crc32(gang.key.encode()) % 5000)
+
+
+def _answers(ip: str, port: int) -> bool:
+    try:
+        socket.create_connection((ip, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _until(ready: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        if time.monotonic() > deadline:
+            raise ComputeError(f"waited {timeout_s:g} s for {what}")
+        time.sleep(1)

@@ -1,0 +1,123 @@
+"""The engine: model + optimizer + schedule on one rank. The only backward() and the only optimizer.step()."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from posttrain.compute.collective import Ranks
+from posttrain.data.types import Batch
+from posttrain.errors import ComputeError
+
+
+class Engine:
+    """Trains one replica of a model in step with its peers.
+
+    The engine knows no model family and no method: the model, the forward and the loss
+    are handed in, and every recipe runs on this class.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        ranks: Ranks,
+        forward: Callable[..., Any],
+        named_weights: Callable[[Any], Iterable[tuple[str, Tensor]]],
+        lr_scale: Callable[[int], float],
+        max_grad_norm: float,
+    ):
+        """
+        Args:
+            forward: (model, batch, temperature=) -> Output.
+            named_weights: (model) -> tensors under Hugging Face names.
+            lr_scale: (step) -> factor on the optimizer's initial learning rates.
+        """
+        self.model, self.optimizer, self.ranks = model, optimizer, ranks
+        self._forward, self._named_weights, self._lr_scale = forward, named_weights, lr_scale
+        self.max_grad_norm = max_grad_norm
+        self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
+
+    def train_step(self, step: int, batches: Sequence[Batch], loss_fn: Any, *, denominator: float) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches; metrics are global, equal on all ranks.
+
+        Args:
+            batches: this rank's share; may be empty, its gradient is then zero.
+            loss_fn: (Output, Batch) -> loss sum and metric sums.
+            denominator: loss tokens of the global batch, over all ranks and micro-batches.
+
+        Raises:
+            ComputeError: loss or gradient is NaN or infinite. No rank has then changed its weights.
+        """
+        start = time.perf_counter()
+        sums: dict[str, float] = {}
+        for batch in batches:
+            loss, metrics = loss_fn(self._forward(self.model, batch, temperature=loss_fn.temperature), batch)
+            (loss / denominator).backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        forward_backward = time.perf_counter()
+        self.ranks.sum_gradients(self.model.parameters())
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+        means = self._global_means(sums, denominator)
+        if not math.isfinite(norm) or not all(map(math.isfinite, means.values())):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise ComputeError(f"step {step}: gradient norm {norm}, metrics {means}; the weights were not changed")
+        for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * self._lr_scale(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        done = time.perf_counter()
+        return means | {
+            "grad_norm": norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "time/forward_backward_s": forward_backward - start,
+            "time/optimizer_s": done - forward_backward,
+        }
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, *, temperature: float) -> Tensor:
+        """[N] float32, nats: log p of the targets that carry loss, without gradient."""
+        return self._forward(self.model, batch, temperature=temperature).logprobs
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Current weights under Hugging Face names, one at a time."""
+        yield from self._named_weights(self.model)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run must hold, as flat named tensors: parameters and optimizer moments."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore state(); names and shapes must be those of this engine."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+            prefix = f"optimizer.{name}."
+            self.optimizer.state[parameter] = {
+                key.removeprefix(prefix): value.to(parameter.device) if value.ndim else value
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+
+    def _global_means(self, sums: dict[str, float], denominator: float) -> dict[str, float]:
+        """Metric sums over all ranks, divided by the global count. An empty rank adds zeros."""
+        names = sorted(sums)
+        if self.ranks.world_size > 1:
+            names = self._agree_on_names(names)
+        totals = self.ranks.sum([sums.get(name, 0.0) for name in names])
+        return {name: total / denominator for name, total in zip(names, totals, strict=True)}
+
+    def _agree_on_names(self, names: list[str]) -> list[str]:
+        gathered: list[list[str]] = [[] for _ in range(self.ranks.world_size)]
+        torch.distributed.all_gather_object(gathered, names)
+        return max(gathered, key=len)

@@ -1,0 +1,128 @@
+"""The embedded generator: transformers' own model class over synced weights, on CPU or one GPU.
+
+Small on purpose: batched decoding with a KV cache and inverse-CDF sampling. It is an
+independent implementation of the model, so its logprobs check the trainer's.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain import storage
+from posttrain.compute.generator import Completion, Request
+from posttrain.compute.weight_sync import digest
+
+
+class TransformersGenerator:
+    """Sample from a Hugging Face model folder's architecture, in float32 on CPU or bfloat16 on a GPU."""
+
+    def __init__(self, *, model_uri: str, stop_id: int, pad_id: int, max_batch: int = 512):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        config = AutoConfig.from_pretrained(str(storage.fetch(model_uri)), local_files_only=True)
+        self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(self.device).eval()
+        self.stop_id, self.pad_id, self.max_batch = stop_id, pad_id, max_batch
+        self.version = -1
+
+    def weight_dtype(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @torch.no_grad()
+    def sync(self, version: int, weights: Mapping[str, Tensor]) -> str:
+        held = dict(self.model.named_parameters())
+        for name, tensor in weights.items():
+            held[name].copy_(tensor)
+        self.version = version
+        return digest((name, held[name]) for name in weights)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        assert self.version >= 0, "generate() before the first sync(): the generator holds no weights"
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].token_ids), i))
+        done: dict[int, Completion] = {}
+        for start in range(0, len(order), self.max_batch):
+            chosen = order[start : start + self.max_batch]
+            done |= dict(zip(chosen, self._decode([requests[i] for i in chosen]), strict=True))
+        return [done[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _decode(self, requests: Sequence[Request]) -> list[Completion]:
+        longest, steps = max(len(r.token_ids) for r in requests), max(r.max_new_tokens for r in requests)
+        rows = [[self.pad_id] * (longest - len(r.token_ids)) + list(r.token_ids) for r in requests]
+        ids = torch.tensor(rows, device=self.device)
+        lengths = torch.tensor([len(r.token_ids) for r in requests], device=self.device)
+        mask = (torch.arange(longest, device=self.device)[None] >= longest - lengths[:, None]).long()
+        noise = torch.from_numpy(np.stack([uniforms(r.seed, steps) for r in requests]))
+        temperature = torch.tensor([r.temperature for r in requests], device=self.device)
+        limit = torch.tensor([r.max_new_tokens for r in requests], device=self.device)
+        tokens: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        cache, positions = None, (mask.cumsum(-1) - 1).clamp(min=0)
+        finished = torch.zeros(len(requests), dtype=torch.bool, device=self.device)
+        for step in range(steps):
+            out = self.model(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = out.past_key_values
+            token, logprob = sample(out.logits[:, -1].float(), noise[:, step].to(self.device), temperature)
+            tokens.append(torch.where(finished, self.pad_id, token))
+            logprobs.append(logprob)
+            finished = finished | (token == self.stop_id) | (limit <= step + 1)
+            if bool(finished.all()):
+                break
+            ids, positions = token[:, None], (lengths + step)[:, None]
+            mask = torch.cat((mask, mask.new_ones(len(requests), 1)), dim=1)
+        return self._completions(requests, torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist())
+
+    def _completions(
+        self, requests: Sequence[Request], tokens: list[list[int]], logprobs: list[list[float]]
+    ) -> list[Completion]:
+        completions = []
+        for request, row, scores in zip(requests, tokens, logprobs, strict=True):
+            row = row[: request.max_new_tokens]
+            stopped = self.stop_id in row
+            length = row.index(self.stop_id) + 1 if stopped else len(row)
+            completions.append(
+                Completion(
+                    token_ids=tuple(row[:length]),
+                    logprobs=tuple(scores[:length]),
+                    versions=(self.version,) * length,
+                    finish_reason="stop" if stopped else "length",
+                )
+            )
+        return completions
+
+
+def uniforms(seed: int, count: int) -> np.ndarray:
+    """[count] float64 in [0, 1): the noise of one request, a pure function of its seed (Philox)."""
+    return np.random.Generator(np.random.Philox(seed)).random(count)
+
+
+def sample(logits: Tensor, noise: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF, and its logprob.
+
+    Args:
+        logits: [B, V] float32.
+        noise: [B] float64 in [0, 1), one uniform draw per row.
+        temperature: [B]; 0 takes the argmax and reports its logprob at temperature 1.
+
+    Returns:
+        tokens [B] int64 and logprobs [B] float32, nats.
+    """
+    greedy = temperature == 0
+    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    log_p = scaled - scaled.logsumexp(-1, keepdim=True)
+    cdf = log_p.double().exp().cumsum(-1)
+    drawn = (
+        torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    )
+    token = torch.where(greedy, scaled.argmax(-1), drawn)
+    return token, log_p.gather(-1, token[:, None]).squeeze(-1)

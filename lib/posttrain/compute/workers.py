@@ -1,0 +1,99 @@
+"""The one seam to the orchestration layer: named groups of actors, dispatch, deadlines, failures with a name.
+
+Everything above this file calls a group's methods and never sees Ray.
+"""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.deadline import within
+from posttrain.errors import ComputeError, PosttrainError
+
+
+class ActorGroup:
+    """`count` actors of one class, on resources of their own, called together.
+
+    Args:
+        name: what people read when one fails: "policy", "generator".
+        cls: a plain class; its instances live in processes of their own.
+        per_rank: keyword arguments of each instance.
+        num_cpus, num_gpus: reserved for each actor, fractions allowed.
+        threads: compute threads of each actor.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cls: type,
+        per_rank: Sequence[dict[str, Any]],
+        *,
+        num_cpus: float,
+        num_gpus: float = 0,
+        threads: int = 1,
+    ):
+        import ray
+
+        self.name = name
+        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {key: os.environ[key] for key in ("POSTTRAIN_FAULT",) if key in os.environ}
+        actor = ray.remote(cls).options(  # pyright: ignore[reportAttributeAccessIssue]
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy="SPREAD",
+        )
+        self.actors = [actor.remote(**arguments) for arguments in per_rank]
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    async def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> list[Any]:
+        """Call `method` with the same arguments on every actor; results in rank order.
+
+        Raises:
+            ComputeError: an actor died, or one did not answer in `timeout_s`. An error
+                that the method raised itself is raised as it is.
+        """
+        return await self.call_each(method, [(args, kwargs)] * len(self.actors), timeout_s=timeout_s)
+
+    async def call_each(
+        self, method: str, arguments: Sequence[tuple[tuple, dict[str, Any]]], *, timeout_s: float
+    ) -> list[Any]:
+        """Call `method` on every actor with its own (args, kwargs); the first failure ends the wait."""
+        calls = [
+            self._one(rank, method, args, kwargs, timeout_s=timeout_s) for rank, (args, kwargs) in enumerate(arguments)
+        ]
+        return list(await asyncio.gather(*calls))
+
+    async def call_one(self, rank: int, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+        """Call `method` on one actor."""
+        return await self._one(rank, method, args, kwargs, timeout_s=timeout_s)
+
+    def start(self, rank: int, method: str, *args: Any) -> Any:
+        """Begin `method` on one actor and return a handle to its result, to pass to another group unread."""
+        return getattr(self.actors[rank], method).remote(*args)
+
+    def kill(self) -> None:
+        """End every actor now, without running its exit handlers."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)  # pyright: ignore[reportArgumentType]
+
+    async def _one(self, rank: int, method: str, args: tuple, kwargs: dict[str, Any], *, timeout_s: float) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        who = f"{self.name} {rank}"
+        try:
+            reference = getattr(self.actors[rank], method).remote(*args, **kwargs)
+            return await within(timeout_s, f"{who}: {method}()", reference)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, PosttrainError):
+                raise cause from None
+            raise ComputeError(f"{who}: {method}() raised {type(cause).__name__}: {cause}\n{error}") from None
+        except RayActorError as error:
+            raise ComputeError(f"{who} died during {method}(): {str(error).strip().splitlines()[0]}") from None
