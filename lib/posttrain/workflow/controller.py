@@ -1,0 +1,177 @@
+"""The RL controller: when to generate, when to train, when to sync. Holds control; the actors hold tensors.
+
+Synchronous on-policy training: every step samples its groups with the weights that the
+step before produced, takes one optimizer step on them, and sends the new weights back.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+
+from posttrain import faults
+from posttrain.compute.checkpoint import Checkpoints
+from posttrain.compute.workers import ActorGroup
+from posttrain.data.advantage import group_advantages
+from posttrain.data.pack import pack
+from posttrain.data.rollout import group_units
+from posttrain.data.types import Unit
+from posttrain.errors import SyncError
+from posttrain.model.losses import Loss
+from posttrain.workflow.evaluate import Evaluator
+from posttrain.workflow.ledger import Ledger
+from posttrain.workflow.observers import Metrics, Observers
+from posttrain.workflow.policy import Policy
+from posttrain.workflow.rollouts import Group, Prompts, RolloutMaker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The numbers of a GRPO run."""
+
+    num_steps: int
+    prompts_per_step: int
+    group_size: int
+    normalize_std: bool
+    pack_tokens: int
+    eval_every: int
+    checkpoint_every: int | None
+    checkpoint_seconds: float
+
+
+class Clock:
+    """Seconds of each named phase of one step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> Metrics:
+        return self.seconds | {"time/step_s": time.perf_counter() - self.started}
+
+
+class Controller:
+    """Drives policy, generators and rewards through `plan.num_steps` steps, exactly once each."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        policy: Policy,
+        generators: ActorGroup,
+        maker: RolloutMaker,
+        evaluator: Evaluator,
+        loss: Loss,
+        checkpoints: Checkpoints,
+        observers: Observers,
+    ):
+        self.plan, self.policy, self.generators, self.maker = plan, policy, generators, maker
+        self.evaluator, self.loss, self.checkpoints, self.observers = evaluator, loss, checkpoints, observers
+        self.ledger = Ledger()
+        self.version = 0
+        self.last_save = time.monotonic()
+
+    async def run(self, prompts: Prompts) -> None:
+        """Restore the last checkpoint if there is one, sync, and train to the end.
+
+        Raises:
+            ComputeError: a worker died, hung, or produced NaN.
+            RewardError: the reward's failure budget is spent.
+            SyncError: the generators do not hold the policy's weights.
+        """
+        first = await self._restore()
+        await self._sync()
+        for step in range(first, self.plan.num_steps):
+            clock = Clock()
+            with clock.phase("rollout"):
+                groups = await self.maker.collect(
+                    prompts, self.ledger, groups=self.plan.prompts_per_step, group_size=self.plan.group_size
+                )
+            with clock.phase("train"):
+                metrics = await self._train(step, groups)
+            with clock.phase("sync"):
+                self.version += 1
+                await self._sync()
+            if (step + 1) % self.plan.eval_every == 0 or step + 1 == self.plan.num_steps:
+                with clock.phase("eval"):
+                    metrics["eval/reward"] = await self.evaluator.quick()
+            metrics |= clock.metrics()
+            self.observers.step({"step": step, **metrics})
+            self.observers.rollouts(step, groups)
+            await self._save_if_due(step + 1)
+
+    async def _train(self, step: int, groups: list[Group]) -> Metrics:
+        units: list[Unit] = []
+        for group in groups:
+            rewards = [rollout.reward for rollout in group if rollout.reward is not None]
+            assert len(rewards) == self.plan.group_size, f"group of prompt {group[0].prompt.uid} is not fully scored"
+            units += group_units(group, group_advantages(rewards, normalize_std=self.plan.normalize_std))
+        packs = pack(units, pack_tokens=self.plan.pack_tokens)
+        faults.point("controller.before_train")
+        trained = await self.policy.train_step(step, packs, self.loss)
+        self.ledger.commit(packs, draws=len(groups))
+        assert self.ledger.balance() == 0, f"the ledger does not balance after step {step}: {self.ledger.state()}"
+        filled = sum(p.num_tokens for p in packs) / (len(packs) * self.plan.pack_tokens)
+        named = {name if "/" in name or name in ("loss", "lr") else f"policy/{name}": v for name, v in trained.items()}
+        return _rollout_metrics(groups) | named | {"data/packs": len(packs), "data/fill": filled}
+
+    async def _sync(self) -> None:
+        """Send the policy's weights to every generator and prove that they arrived."""
+        timeout_s = self.policy.timeout_s
+        dtype = (await self.generators.call("weight_dtype", timeout_s=timeout_s))[0]
+        weights = self.policy.group.start(0, "weights", dtype)
+        sent = self.policy.group.call_one(0, "weights_digest", dtype, timeout_s=timeout_s)
+        held = await self.generators.call("sync", self.version, weights, timeout_s=timeout_s)
+        expected = await sent
+        for rank, got in enumerate(held):
+            if got != expected:
+                raise SyncError(
+                    f"generator {rank} holds {got[:12]} after the sync to version {self.version}, "
+                    f"the policy sent {expected[:12]}"
+                )
+
+    async def _restore(self) -> int:
+        found = self.checkpoints.latest()
+        if found is None:
+            self.observers.restore([])
+            return 0
+        await self.policy.restore(found.uri)
+        self.ledger = Ledger(found.state["ledger"])
+        self.version = found.state["version"]
+        self.observers.restore(found.state["history"])
+        return found.step
+
+    async def _save_if_due(self, done: int) -> None:
+        every = self.plan.checkpoint_every
+        due = bool(every and done % every == 0) or time.monotonic() - self.last_save > self.plan.checkpoint_seconds
+        if not due and done < self.plan.num_steps:
+            return
+        state = {"ledger": self.ledger.state(), "version": self.version, "history": self.observers.history}
+        await self.policy.save(self.checkpoints, done, state)
+        self.last_save = time.monotonic()
+
+
+def _rollout_metrics(groups: list[Group]) -> Metrics:
+    """Rewards, their spread, parts, lengths and how sampling ended."""
+    rollouts = [rollout for group in groups for rollout in group]
+    rewards = [[r.reward for r in group if r.reward is not None] for group in groups]
+    lengths = [len(r.token_ids) for r in rollouts]
+    parts = sorted({name for r in rollouts for name in r.parts} - {"reward"})
+    return {
+        "reward/mean": fmean(x for group in rewards for x in group),
+        "reward/group_std": fmean(pstdev(group) for group in rewards),
+        "reward/groups_without_signal": fmean(len(set(group)) == 1 for group in rewards),
+        **{f"reward/{name}": fmean(r.parts[name] for r in rollouts if name in r.parts) for name in parts},
+        "rollout/tokens_mean": fmean(lengths),
+        "rollout/tokens_max": float(max(lengths)),
+        "rollout/truncated": fmean(r.finish_reason == "length" for r in rollouts),
+    }

@@ -1,0 +1,105 @@
+"""Who hears of a run's progress: the terminal, a JSONL file, and (workflow/card.py) the live card."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from posttrain import storage
+from posttrain.data.types import Rollout
+
+Metrics = dict[str, float]
+
+
+class Observer(Protocol):
+    """Hears of every step once, in order; after a resume first of the steps already done."""
+
+    def restore(self, history: Sequence[Metrics]) -> None:
+        """Take the steps of an earlier attempt."""
+        ...
+
+    def step(self, metrics: Metrics) -> None:
+        """One finished step: its number under "step", and floats named noun/stat."""
+        ...
+
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+        """The scored groups of a step."""
+        ...
+
+
+class Terminal:
+    """One line a step: number, the named metrics, seconds, time left."""
+
+    def __init__(self, label: str, num_steps: int, show: Sequence[str], *, every: int = 1):
+        self.label, self.num_steps, self.show, self.every = label, num_steps, show, every
+        self.started, self.done_before = time.monotonic(), 0
+
+    def restore(self, history: Sequence[Metrics]) -> None:
+        self.done_before = len(history)
+        if history:
+            print(f"{self.label}: continuing after step {len(history)} of {self.num_steps}", flush=True)
+
+    def step(self, metrics: Metrics) -> None:
+        done = int(metrics["step"]) + 1
+        if done % self.every and done != self.num_steps:
+            return
+        pace = (time.monotonic() - self.started) / (done - self.done_before)
+        left = round(pace * (self.num_steps - done))
+        shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in self.show if name in metrics)
+        print(
+            f"{self.label} {done:>{len(str(self.num_steps))}}/{self.num_steps}  {shown}  "
+            f"{pace:.1f} s/step  ETA {left // 60}:{left % 60:02d}",
+            flush=True,
+        )
+
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Nothing: rollouts are for the card."""
+
+
+class MetricsFile:
+    """Every step as one JSON line; lines of steps that a resume will repeat are dropped."""
+
+    def __init__(self, uri: str):
+        self.uri, self.lines = uri, []
+
+    def restore(self, history: Sequence[Metrics]) -> None:
+        self.lines = [json.dumps(row) for row in history]
+        self._write_all()
+
+    def step(self, metrics: Metrics) -> None:
+        self.lines.append(json.dumps(metrics))
+        if storage.is_s3(self.uri):
+            self._write_all()
+            return
+        Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.uri, "a") as file:
+            file.write(self.lines[-1] + "\n")
+
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Nothing: only numbers are kept here."""
+
+    def _write_all(self) -> None:
+        storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
+
+
+class Observers:
+    """Several observers as one, and the history that a checkpoint keeps."""
+
+    def __init__(self, observers: Sequence[Any]):
+        self.observers = list(observers)
+        self.history: list[Metrics] = []
+
+    def restore(self, history: Sequence[Metrics]) -> None:
+        self.history = list(history)
+        for observer in self.observers:
+            observer.restore(self.history)
+
+    def step(self, metrics: Metrics) -> None:
+        self.history.append(metrics)
+        for observer in self.observers:
+            observer.step(metrics)
+
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+        for observer in self.observers:
+            observer.rollouts(step, groups)

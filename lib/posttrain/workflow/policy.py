@@ -1,0 +1,171 @@
+"""The policy: SPMD ranks that hold the model and train it in step, and the group that drives them."""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain import storage
+from posttrain.compute.checkpoint import Checkpoints, Found
+from posttrain.compute.collective import Ranks
+from posttrain.compute.engine import Engine
+from posttrain.compute.weight_sync import digest
+from posttrain.compute.workers import ActorGroup
+from posttrain.data.batch import collate
+from posttrain.data.pack import deal
+from posttrain.data.types import Pack
+from posttrain.model.decoder import Decoder
+from posttrain.model.export import export_model
+from posttrain.model.forward import forward
+from posttrain.model.load import load_decoder
+from posttrain.model.losses import Loss
+from posttrain.model.optim import adamw, lr_scale
+from posttrain.model.weights import hf_tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a policy is trained: the numbers of the optimizer and its schedule."""
+
+    num_steps: int
+    lr: float
+    schedule: str
+    warmup_steps: int
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+    pack_tokens: int
+
+
+class PolicyRank:
+    """One rank, in a process of its own. All ranks hold equal weights; rank 0 also writes and sends them."""
+
+    def __init__(self, *, rank: int, world_size: int, model_uri: str, training: Training, reference: bool):
+        """
+        Args:
+            reference: keep a frozen copy of the starting weights and score batches with it.
+        """
+        self.rank, self.world_size = rank, world_size
+        self.model_uri, self.training, self.has_reference = model_uri, training, reference
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads()))
+
+    def address(self) -> str:
+        """A free host:port on this rank's machine, for rank 0 to be found at."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as listener:
+            listener.bind((host, 0))
+            return f"{host}:{listener.getsockname()[1]}"
+
+    def join(self, address: str, timeout_s: float) -> int:
+        """Meet the other ranks, load the model, make the engine; return the parameter count."""
+        training = self.training
+        ranks = Ranks(
+            rank=self.rank, world_size=self.world_size, address=address, timeout_s=timeout_s, device=self.device
+        )
+        self.folder = storage.fetch(self.model_uri)
+        model = load_decoder(self.folder, device=self.device)
+        self.reference: Decoder | None = None
+        if self.has_reference:
+            self.reference = load_decoder(self.folder, device=self.device).requires_grad_(False)
+        optimizer = adamw(
+            model, lr=training.lr, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay
+        )
+        scale = partial(
+            lr_scale,
+            schedule=training.schedule,
+            warmup_steps=training.warmup_steps,
+            num_steps=training.num_steps,
+        )
+        self.engine = Engine(
+            model,
+            optimizer,
+            ranks=ranks,
+            forward=forward,
+            named_weights=hf_tensors,
+            lr_scale=scale,
+            max_grad_norm=training.max_grad_norm,
+        )
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
+        """One optimizer step over this rank's share of the global batch; global metrics."""
+        batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
+        if self.reference is not None:
+            batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
+        return self.engine.train_step(step, batches, loss, denominator=denominator)
+
+    def weights(self, dtype: str) -> dict[str, Tensor]:
+        """Weights under Hugging Face names, on the CPU, cast to what the generator wants."""
+        wanted = getattr(torch, dtype)
+        return {name: tensor.to("cpu", wanted) for name, tensor in self.engine.weights()}
+
+    def weights_digest(self, dtype: str) -> str:
+        """digest() of weights(dtype), taken from what this rank holds."""
+        return digest(self.weights(dtype).items())
+
+    def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
+        """Commit a checkpoint (rank 0 only: data-parallel replicas are equal)."""
+        return checkpoints.save(step, self.engine.state(), state)
+
+    def restore(self, uri: str) -> None:
+        """Load a checkpoint; every rank reads and verifies it for itself."""
+        folder = storage.fetch(uri)
+        self.engine.load_state(Found(step=0, uri=uri, folder=folder, state={}).tensors())
+
+    def export(self, uri: str) -> str:
+        """Publish the weights as a Hugging Face folder (rank 0 only)."""
+        if not storage.exists(storage.join(uri, "manifest.json")):
+            with storage.staging(uri) as folder:
+                export_model(self.engine.model, folder, like=self.folder)  # pyright: ignore[reportArgumentType]
+                storage.publish(folder, uri)
+        return uri
+
+    def _ref_logprobs(self, batch: Any, temperature: float) -> Tensor:
+        with torch.no_grad():
+            return forward(self.reference, batch, temperature=temperature).logprobs  # pyright: ignore[reportArgumentType]
+
+
+class Policy:
+    """The driver's side of the ranks: one method a phase, whatever the mesh below."""
+
+    def __init__(self, group: ActorGroup, *, timeout_s: float):
+        self.group, self.timeout_s = group, timeout_s
+
+    @staticmethod
+    async def launch(
+        *, ranks: int, model_uri: str, training: Training, reference: bool, timeout_s: float, hardware: dict[str, Any]
+    ) -> "Policy":
+        """Start the ranks, let them find each other, and load the model."""
+        per_rank = [
+            {"rank": r, "world_size": ranks, "model_uri": model_uri, "training": training, "reference": reference}
+            for r in range(ranks)
+        ]
+        policy = Policy(ActorGroup("policy", PolicyRank, per_rank, **hardware), timeout_s=timeout_s)
+        address = await policy.group.call_one(0, "address", timeout_s=timeout_s)
+        await policy.group.call("join", address, timeout_s, timeout_s=timeout_s)
+        return policy
+
+    async def train_step(self, step: int, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
+        """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token."""
+        denominator = sum(pack.loss_tokens for pack in packs)
+        shares = deal(packs, ranks=len(self.group))
+        calls = [((step, share, loss, denominator), {}) for share in shares]
+        return (await self.group.call_each("train_step", calls, timeout_s=self.timeout_s))[0]
+
+    async def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
+        return await self.group.call_one(0, "save", checkpoints, step, state, timeout_s=self.timeout_s)
+
+    async def restore(self, uri: str) -> None:
+        await self.group.call("restore", uri, timeout_s=self.timeout_s)
+
+    async def export(self, uri: str) -> str:
+        return await self.group.call_one(0, "export", uri, timeout_s=self.timeout_s)

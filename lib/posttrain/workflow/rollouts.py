@@ -1,0 +1,147 @@
+"""Prompts become scored groups: admit, generate, score; a group that fails is dropped, counted and replaced."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from posttrain.compute.generator import Completion, Request
+from posttrain.compute.workers import ActorGroup
+from posttrain.data.order import draw
+from posttrain.data.reward import RewardWorker
+from posttrain.data.rollout import request_seed
+from posttrain.data.types import Prompt, Rollout, Row
+from posttrain.errors import ComputeError, RewardError
+from posttrain.workflow.ledger import Ledger
+
+Group = list[Rollout]
+
+
+class Prompts:
+    """Tokenised prompts in their endless order: draw number -> Prompt, a pure function of the seed."""
+
+    def __init__(self, rows: Sequence[Row], token_ids: Sequence[tuple[int, ...]], *, seed: int):
+        self.rows, self.token_ids, self.seed = rows, token_ids, seed
+
+    def __getitem__(self, uid: int) -> Prompt:
+        row = draw(uid, seed=self.seed, num_rows=len(self.rows))
+        return Prompt(uid=uid, token_ids=self.token_ids[row], row=self.rows[row])
+
+    def in_order(self) -> list[Prompt]:
+        """Every row once, in file order; for evaluation."""
+        return [
+            Prompt(uid=i, token_ids=ids, row=row)
+            for i, (ids, row) in enumerate(zip(self.token_ids, self.rows, strict=True))
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn."""
+
+    seed: int
+    temperature: float
+    max_new_tokens: int
+    timeout_s: float
+
+
+class RewardPool:
+    """One process that scores; killed and started anew when a group passes its deadline."""
+
+    def __init__(self, function: str, *, timeout_s: float):
+        self.function, self.timeout_s = function, timeout_s
+        self.workers = self._start()
+
+    async def score(self, row: Row, completions: Sequence[str]) -> list[tuple[float, dict[str, float]]]:
+        """Rewards of one group.
+
+        Raises:
+            RewardError: the function failed, died, or did not answer in time.
+        """
+        try:
+            return await self.workers.call_one(0, "score", row, list(completions), timeout_s=self.timeout_s)
+        except ComputeError as error:
+            self.workers.kill()
+            self.workers = self._start()
+            await self.workers.call_one(0, "ready", timeout_s=60)
+            raise RewardError(str(error)) from None
+
+    def _start(self) -> ActorGroup:
+        return ActorGroup("reward", RewardWorker, [{"function": self.function}], num_cpus=0)
+
+
+class RolloutMaker:
+    """Turns draws into scored groups on the generators.
+
+    Args:
+        decode: token ids -> text for the reward.
+        max_reward_failures: groups that may be dropped in the whole run; one more stops it.
+    """
+
+    def __init__(
+        self,
+        generators: ActorGroup,
+        rewards: RewardPool,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        sampling: Sampling,
+        max_reward_failures: int,
+    ):
+        self.generators, self.rewards, self.decode = generators, rewards, decode
+        self.sampling, self.max_reward_failures = sampling, max_reward_failures
+
+    async def collect(self, prompts: Prompts, ledger: Ledger, *, groups: int, group_size: int) -> list[Group]:
+        """`groups` scored groups, in draw order.
+
+        Raises:
+            RewardError: more groups failed than the budget allows; names the last cause.
+        """
+        scored: list[Group] = []
+        while len(scored) < groups:
+            admitted = [prompts[ledger.draw()] for _ in range(groups - len(scored))]
+            for group in await self.sample(admitted, samples=group_size, temperature=self.sampling.temperature):
+                try:
+                    scored.append(await self.score(group))
+                except RewardError as error:
+                    failures = ledger.drop("reward_error")
+                    if failures > self.max_reward_failures:
+                        raise RewardError(
+                            f"{failures} groups dropped for a failed reward, reward.max_failures is "
+                            f"{self.max_reward_failures}; the last: {error}"
+                        ) from None
+                    print(f"dropped prompt {group[0].prompt.uid}: {error}", flush=True)
+        return scored
+
+    async def sample(self, prompts: Sequence[Prompt], *, samples: int, temperature: float) -> list[Group]:
+        """Unscored groups of `samples` completions a prompt, spread over the generators by prompt."""
+        shares = [prompts[i :: len(self.generators)] for i in range(len(self.generators))]
+        calls = [(([self._request(p, s, temperature) for p in share for s in range(samples)],), {}) for share in shares]
+        answers = await self.generators.call_each("generate", calls, timeout_s=self.sampling.timeout_s)
+        groups: dict[int, Group] = {}
+        for share, completions in zip(shares, answers, strict=True):
+            for i, prompt in enumerate(share):
+                made = completions[i * samples : (i + 1) * samples]
+                groups[prompt.uid] = [self._rollout(prompt, s, c) for s, c in enumerate(made)]
+        return [groups[prompt.uid] for prompt in prompts]
+
+    async def score(self, group: Group) -> Group:
+        """The group with its rewards."""
+        scores = await self.rewards.score(group[0].prompt.row, [rollout.text for rollout in group])
+        return [replace(r, reward=reward, parts=parts) for r, (reward, parts) in zip(group, scores, strict=True)]
+
+    def _request(self, prompt: Prompt, sample: int, temperature: float) -> Request:
+        return Request(
+            token_ids=prompt.token_ids,
+            seed=request_seed(self.sampling.seed, prompt.uid, sample, attempt=0),
+            temperature=temperature,
+            max_new_tokens=self.sampling.max_new_tokens,
+        )
+
+    def _rollout(self, prompt: Prompt, sample: int, completion: Completion) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            sample_index=sample,
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            versions=completion.versions,
+            finish_reason=completion.finish_reason,
+            text=self.decode(completion.token_ids),
+        )
