@@ -1,0 +1,192 @@
+"""The graph that every post-training flow shares, and how a flow starts.
+
+start -> prepare -> tokenize -> warmup -> train -> evaluate -> export -> end
+
+A flow subclasses PostTrainFlow and names its training program in run_training(). The
+steps are programs in steps/; here are only their order, resources and artifacts.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from metaflow import Config, FlowSpec, card, current, parallel, retry, step
+from metaflow.exception import MetaflowException
+from metaflow.util import get_username
+
+import posttrain  # noqa: F401  (imported here so that the code package carries it)
+import steps  # noqa: F401
+from placement import on_hardware
+from posttrain.config import RunConfig
+from posttrain.config_file import load_config
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.overrides import metaflow_arguments
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class Refused(MetaflowException):
+    """A problem that a person can fix, shown as one message without a traceback."""
+
+    headline = "posttrain refused to run"
+
+
+def parse(text: str) -> dict:
+    """The parser of metaflow.Config: it returns plain data, because Metaflow stores it."""
+    try:
+        return load_config(text).model_dump(mode="json")
+    except ConfigError as error:
+        raise Refused(str(error)) from None
+
+
+def refusing(program, *args, **kwargs):
+    """Call a step's program; its refusals end the task with one message, other errors keep their traceback."""
+    try:
+        return program(*args, **kwargs)
+    except PosttrainError as error:
+        raise Refused(f"{type(error).__name__}: {error}") from None
+
+
+@on_hardware
+class PostTrainFlow(FlowSpec):
+    """The shared chain; each step's program is in steps/."""
+
+    config = Config("config", default=str(CONFIGS / "grpo_tiny.yaml"), parser=parse, help="Run config, YAML")
+
+    @step
+    def start(self):
+        """Refuse what cannot work before anything is paid for; decide where the run's files go."""
+        from steps.plan import plan
+
+        found = refusing(plan, self.cfg, flow=current.flow_name, run_id=current.run_id)
+        self.root, self.provenance = found["root"], found["provenance"]
+        self.next(self.prepare)
+
+    @step
+    def prepare(self):
+        """Snapshot the data, bring or build the model."""
+        from steps.prepare import prepare
+
+        found = refusing(prepare, self.cfg, root=self.root)
+        self.data, self.model = found["data"], found["model"]
+        self.next(self.tokenize)
+
+    @card(type="blank", id="data")
+    @step
+    def tokenize(self):
+        """Rows to token ids and loss masks."""
+        from posttrain.workflow.card import show_data
+        from steps.tokenize import tokenize
+
+        model_uri, data_uri = self.model["uri"], self.data["uri"]
+        self.tokens = refusing(tokenize, self.cfg, root=self.root, data_uri=data_uri, model_uri=model_uri)
+        show_data(self.tokens, self.data)
+        self.next(self.warmup)
+
+    @card(type="blank", id="training")
+    @retry(times=2, minutes_between_retries=0)
+    @step
+    def warmup(self):
+        """Supervised fine-tuning to a first skill; passes the model on when the config has no warm-up."""
+        from posttrain.workflow.card import TrainingCard
+        from steps.train import train
+
+        plan = self.cfg.warmup
+        facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.data} ranks", f"run {current.run_id}"]
+        cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, method="sft")] if plan else []
+        uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
+        self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
+        self.nodes = "one" if self.cfg.parallel.nodes == 1 else "many"
+        self.next({"one": self.train, "many": self.gang}, condition="nodes")
+
+    @card(type="blank", id="training")
+    @retry(times=2, minutes_between_retries=0)
+    @step
+    def train(self):
+        """Train on one node."""
+        self.train_here()
+        self.next(self.evaluate)
+
+    @step
+    def gang(self):
+        """Ask for several nodes at once."""
+        self.next(self.train_nodes, num_parallel=self.cfg.parallel.nodes)
+
+    @card(type="blank", id="training")
+    @retry(times=2, minutes_between_retries=0)
+    @parallel
+    @step
+    def train_nodes(self):
+        """Train on a gang of nodes."""
+        self.train_here()
+        self.next(self.gather)
+
+    @step
+    def gather(self, inputs):
+        """Keep what node 0 made."""
+        self.merge_artifacts(inputs)
+        self.next(self.evaluate)
+
+    @card(type="blank", id="evaluation")
+    @retry(times=2, minutes_between_retries=0)
+    @step
+    def evaluate(self):
+        """Held-out rows: the trained model beside the one it started from."""
+        from posttrain.workflow.card import show_evaluation
+        from steps.evaluate import evaluate
+
+        models = {"before": self.warmed_up["model_uri"], "after": self.trained["model_uri"]}
+        self.evaluation = refusing(evaluate, self.cfg, tokens_uri=self.tokens["uri"], models=models)
+        show_evaluation(self.evaluation)
+        self.next(self.export)
+
+    @step
+    def export(self):
+        """A Hugging Face folder, proved equal to what was trained."""
+        from steps.export import export
+
+        self.exported = refusing(
+            export,
+            self.cfg,
+            root=self.root,
+            model_uri=self.trained["model_uri"],
+            provenance=self.provenance,
+            evaluation=self.evaluation,
+            tokenizer_sha256=self.tokens["tokenizer_sha256"],
+        )
+        self.next(self.end)
+
+    @step
+    def end(self):
+        """Before and after, and where the model is."""
+        from steps.report import report
+
+        self.summary = report(
+            evaluation=self.evaluation, before="before", after="after", export_uri=self.exported["uri"]
+        )
+
+    @property
+    def cfg(self) -> RunConfig:
+        """The typed config."""
+        return RunConfig.model_validate(self.config.to_dict())
+
+    def train_here(self):
+        """Run the flow's training program on this node, or lend the node to it."""
+        result = self.run_training()
+        if result is not None:
+            self.trained = result
+
+    def run_training(self) -> dict | None:
+        """What a flow trains; None on a node that only lends its hardware."""
+        raise NotImplementedError
+
+
+def main(flow: type[FlowSpec]) -> None:
+    """Run a flow from the command line; see posttrain.overrides for --config and --config-value."""
+    if get_username() is None:  # root, or a container without a user name: Metaflow would refuse
+        os.environ["USERNAME"] = "posttrain"
+    try:
+        sys.argv[1:] = metaflow_arguments(sys.argv[1:], default=CONFIGS / "grpo_tiny.yaml")
+    except ConfigError as error:
+        sys.exit(f"posttrain refused to run: {error}")
+    flow()

@@ -1,0 +1,34 @@
+"""GRPO: warm up, then reinforcement learning against a verifiable reward. `python flows/grpo_flow.py run`."""
+
+from metaflow import current
+
+from base import PostTrainFlow, main, refusing
+
+
+class GRPOFlow(PostTrainFlow):
+    """Group-relative policy optimisation with a policy, a generator and a reward in Ray actors."""
+
+    def run_training(self):
+        from posttrain.compute.cluster import Gang
+        from posttrain.workflow.card import TrainingCard
+        from steps.grpo import grpo
+
+        config, gang = self.cfg, Gang()
+        if current.get("is_parallel"):
+            nodes = current.parallel
+            key = f"{current.run_id}/{current.step_name}/{current.retry_count}"
+            gang = Gang(num_nodes=nodes.num_nodes, node_index=nodes.node_index, main_ip=nodes.main_ip, key=key)
+        facts = [
+            f"{config.rollout.prompts_per_step} prompts x {config.method.group_size} completions a step",
+            f"seed {config.seed}",
+            f"lr {config.optim.lr:g}",
+            f"{config.parallel.data} policy ranks",
+            f"run {current.run_id}",
+        ]
+        card = TrainingCard("GRPO", facts, num_steps=config.optim.num_steps, method="grpo")
+        uris = {"root": self.root, "model_uri": self.warmed_up["model_uri"], "tokens_uri": self.tokens["uri"]}
+        return refusing(grpo, config, **uris, gang=gang, observers=[card])
+
+
+if __name__ == "__main__":
+    main(GRPOFlow)

@@ -1,0 +1,66 @@
+"""The trained weights become a Hugging Face folder that is proved to be the model that was trained."""
+
+import json
+from typing import Any
+
+from posttrain import storage
+from posttrain.config import RunConfig
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.errors import DataError
+from posttrain.model.export import export_model
+from posttrain.model.load import load_decoder
+from posttrain.model.verify import compare_with_transformers
+
+
+def export(
+    config: RunConfig,
+    *,
+    root: str,
+    model_uri: str,
+    provenance: dict[str, Any],
+    evaluation: dict[str, Any],
+    tokenizer_sha256: str,
+) -> dict[str, Any]:
+    """Write config, weights, tokenizer, template and model card; open them with transformers and compare logits.
+
+    Returns:
+        uri of the folder and the largest logit difference.
+
+    Raises:
+        ModelError: transformers computes other logits than our decoder.
+        DataError: the exported tokenizer is not the one that was trained with.
+    """
+    uri = storage.join(root, "export")
+    source = storage.fetch(model_uri)
+
+    def write(folder):
+        export_model(load_decoder(source), folder, like=source)
+        (folder / "README.md").write_text(_model_card(config, provenance, evaluation))
+
+    storage.ensure_folder(uri, write)
+    folder = storage.fetch(uri)
+    checked = compare_with_transformers(folder)
+    fingerprint = BaseHFModelTokenizer(folder).fingerprint()
+    if fingerprint != tokenizer_sha256:
+        raise DataError(f"{uri}: tokenizer {fingerprint[:12]} is not the one trained with, {tokenizer_sha256[:12]}")
+    return {"uri": uri, **checked, "tokenizer_sha256": fingerprint}
+
+
+def _model_card(config: RunConfig, provenance: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    columns = ("greedy_reward", "sampled_reward", "best_reward", "mean_tokens")
+    rows = [f"| {name} | {' | '.join(str(found[c]) for c in columns)} |" for name, found in evaluation.items()]
+    table = "\n".join([f"| model | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|", *rows])
+    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    return (
+        f"# Model trained with posttrain ({config.method.name})\n\n"
+        f"## Evaluation on held-out rows ({config.data.held_out})\n\n{table}\n\n"
+        f"## Lineage\n\n- run: {provenance['flow']}/{provenance['run_id']}\n"
+        f"- config sha256: {provenance['config_sha256']}\n- seed: {provenance['seed']}\n- versions: {versions}\n\n"
+        f"## Config\n\n```json\n{json.dumps(config.model_dump(mode='json'), indent=2)}\n```\n"
+    )
+
+
+if __name__ == "__main__":
+    from steps.program import main
+
+    main(export)

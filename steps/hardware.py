@@ -1,0 +1,40 @@
+"""From the config's `parallel` to what each actor group reserves."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.config import Parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """Reservations of one train step; on CPU they are Ray's bookkeeping, on GPUs they pick the devices."""
+
+    cluster: dict[str, int]
+    """What each node offers Ray."""
+    policy: dict[str, Any]
+    generator: dict[str, Any]
+
+
+def hardware(parallel: Parallel) -> Hardware:
+    """One rule for a laptop and for N GPUs.
+
+    With a GPU to spare the generator gets its own; otherwise it shares one with a policy
+    rank and the two take turns. On CPU the ranks split the cores, and the generator, which
+    works while the ranks wait, uses all of them.
+    """
+    local = parallel.backend == "local"
+    cores = (os.cpu_count() or 1) if local else parallel.cpus_per_node
+    gpus = parallel.gpus_per_node
+    ranks_per_node = -(-parallel.data // parallel.nodes)
+    alone = gpus * parallel.nodes > parallel.data
+    return Hardware(
+        cluster={"num_cpus": max(cores, ranks_per_node + 1), "num_gpus": gpus},
+        policy={
+            "num_cpus": 1,
+            "num_gpus": 0 if not gpus else 1 if alone else 0.6,
+            "threads": max(1, cores // ranks_per_node),
+        },
+        generator={"num_cpus": 1, "num_gpus": 0 if not gpus else 1 if alone else 0.4, "threads": cores},
+    )

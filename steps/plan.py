@@ -1,0 +1,121 @@
+"""Refuse before anything is paid for: every name in the config resolves, every file is there, the root is writable."""
+
+import sys
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from posttrain import storage
+from posttrain.config import RunConfig
+from posttrain.data.source import check_source
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.manifest import json_sha256
+from posttrain.plugin import resolve
+
+LIBRARIES = ("posttrain", "torch", "transformers", "ray", "metaflow", "pydantic", "numpy", "vllm")
+
+
+def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
+    """Where the run's files go, and what it is made of.
+
+    Returns:
+        root: folder or s3:// prefix of this run; a retry or resume keeps it.
+        provenance: versions, seed and config hash.
+
+    Raises:
+        ConfigError: lists everything that does not resolve.
+    """
+    problems: list[str] = []
+    for check in (_check_plugins, _check_sources, _check_model, _check_devices):
+        problems += check(config)
+    root = storage.join(_absolute(config.checkpoint.root or "runs"), flow, run_id)
+    problems += _check_writable(root)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return {
+        "root": root,
+        "provenance": {
+            "flow": flow,
+            "run_id": run_id,
+            "config_sha256": json_sha256(config.model_dump(mode="json")),
+            "seed": config.seed,
+            "versions": _versions(),
+        },
+    }
+
+
+def _check_plugins(config: RunConfig) -> list[str]:
+    plugins = {"reward.function": config.reward.function}
+    if ":" in config.rollout.generator:
+        plugins["rollout.generator"] = config.rollout.generator
+    problems = []
+    for key, path in plugins.items():
+        try:
+            found = resolve(path, key=key)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if not callable(found):
+            problems.append(f"{key}: {path} is a {type(found).__name__}, not something to call")
+    return problems
+
+
+def _check_sources(config: RunConfig) -> list[str]:
+    sources = {"data.prompts": config.data.prompts, "data.held_out": config.data.held_out}
+    if config.warmup and config.data.demonstrations:
+        sources["data.demonstrations"] = config.data.demonstrations
+    problems = []
+    for key, source in sources.items():
+        try:
+            check_source(source, key=key)
+        except PosttrainError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _check_model(config: RunConfig) -> list[str]:
+    path = config.model.path
+    if path is None:
+        return []
+    if storage.is_s3(path):
+        return [] if storage.exists(storage.join(path, "config.json")) else [f"model.path: {path} has no config.json"]
+    if Path(path).expanduser().is_dir():
+        return [] if Path(path, "config.json").is_file() else [f"model.path: {path} has no config.json"]
+    if path.startswith((".", "/", "~")):
+        return [f"model.path: {path} does not exist"]
+    if not config.model.revision:
+        return [f"model.path: {path} is no local folder; for a hub id set model.revision to its commit (40 hex digits)"]
+    return []
+
+
+def _check_devices(config: RunConfig) -> list[str]:
+    wanted = config.parallel.gpus_per_node
+    if config.parallel.backend != "local" or not wanted:
+        return []
+    import torch
+
+    found = torch.cuda.device_count()
+    return [] if found >= wanted else [f"parallel.gpus_per_node: {wanted} wanted, this machine has {found}"]
+
+
+def _check_writable(root: str) -> list[str]:
+    try:
+        storage.write_bytes(storage.join(root, f".probe-{uuid.uuid4().hex}"), b"")
+    except Exception as error:
+        return [f"checkpoint.root: cannot write to {root}: {error}"]
+    return []
+
+
+def _absolute(root: str) -> str:
+    return root if storage.is_s3(root) else str(Path(root).expanduser().resolve())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,47 @@
+"""What sampling and scoring need, from the config: shared by the training and the evaluation step."""
+
+from dataclasses import dataclass
+
+from posttrain import storage
+from posttrain.compute.generator.transformers import TransformersGenerator
+from posttrain.compute.workers import ActorGroup
+from posttrain.config import RunConfig
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.tokens import read_prompts
+from posttrain.plugin import resolve
+from posttrain.workflow.rollouts import Prompts, RewardPool, RolloutMaker, Sampling
+from steps.hardware import Hardware
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutParts:
+    """A generator, a reward process, and the prompts."""
+
+    generators: ActorGroup
+    maker: RolloutMaker
+    prompts: Prompts
+    held_out: Prompts
+
+
+async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, resources: Hardware) -> RolloutParts:
+    """Start a generator of `model_uri`'s architecture and a reward process, and read the prompts."""
+    tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
+    choice = config.rollout.generator
+    cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
+    arguments = {"model_uri": model_uri, "stop_id": tokenizer.stop_id, "pad_id": tokenizer.pad_id}
+    generators = ActorGroup("generator", cls, [arguments], **resources.generator)
+    maker = RolloutMaker(
+        generators,
+        RewardPool(config.reward.function, timeout_s=config.reward.timeout_s),
+        decode=tokenizer.decode,
+        sampling=Sampling(
+            seed=config.seed,
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            timeout_s=config.rollout.timeout_s,
+        ),
+        max_reward_failures=config.reward.max_failures,
+    )
+    folder = storage.fetch(tokens_uri)
+    sets = {n: Prompts(*read_prompts(folder / f"{n}.parquet"), seed=config.seed) for n in ("prompts", "held_out")}
+    return RolloutParts(generators=generators, maker=maker, **sets)
