@@ -6,29 +6,36 @@ A flow subclasses PostTrainFlow and names its training program in run_training()
 steps are programs in steps/; here are only their order, resources and artifacts.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 from metaflow import Config, FlowSpec, card, current, parallel, retry, step
-from metaflow.exception import MetaflowException
+from metaflow.exception import METAFLOW_EXIT_DISALLOW_RETRY, MetaflowException
 from metaflow.util import get_username
 
 import posttrain  # noqa: F401  (imported here so that the code package carries it)
 import steps  # noqa: F401
-from placement import on_hardware
+from placement import on_hardware, where_it_runs
 from posttrain.config import RunConfig
 from posttrain.config_file import load_config
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import ComputeError, ConfigError, DataError, ModelError, PosttrainError, SyncError
 from posttrain.overrides import metaflow_arguments
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Refused(MetaflowException):
-    """A problem that a person can fix, shown as one message without a traceback."""
+    """Something in the config, the data or the model that a person can fix."""
 
     headline = "posttrain refused to run"
+
+
+class Stopped(MetaflowException):
+    """The run could not go on: a worker died or hung, a reward kept failing, a checkpoint is not this run's."""
+
+    headline = "posttrain stopped"
 
 
 def parse(text: str) -> dict:
@@ -40,11 +47,18 @@ def parse(text: str) -> dict:
 
 
 def refusing(program, *args, **kwargs):
-    """Call a step's program; its refusals end the task with one message, other errors keep their traceback."""
+    """Call a step's program; errors with a known cause end the task with one message, others with a traceback."""
     try:
         return program(*args, **kwargs)
     except PosttrainError as error:
-        raise Refused(f"{type(error).__name__}: {error}") from None
+        global _final
+        _final = not isinstance(error, ComputeError | SyncError)
+        kind = Refused if isinstance(error, ConfigError | DataError | ModelError) else Stopped
+        raise kind(f"{type(error).__name__}: {error}") from None
+
+
+_final = False
+"""Whether this process ended for a reason that a retry would only meet again; main() then tells Metaflow."""
 
 
 @on_hardware
@@ -75,7 +89,7 @@ class PostTrainFlow(FlowSpec):
     @step
     def tokenize(self):
         """Rows to token ids and loss masks."""
-        from posttrain.workflow.card import show_data
+        from posttrain.workflow.pages import show_data
         from steps.tokenize import tokenize
 
         model_uri, data_uri = self.model["uri"], self.data["uri"]
@@ -132,7 +146,7 @@ class PostTrainFlow(FlowSpec):
     @step
     def evaluate(self):
         """Held-out rows: the trained model beside the one it started from."""
-        from posttrain.workflow.card import show_evaluation
+        from posttrain.workflow.pages import show_evaluation
         from steps.evaluate import evaluate
 
         models = {"before": self.warmed_up["model_uri"], "after": self.trained["model_uri"]}
@@ -167,8 +181,10 @@ class PostTrainFlow(FlowSpec):
 
     @property
     def cfg(self) -> RunConfig:
-        """The typed config."""
-        return RunConfig.model_validate(self.config.to_dict())
+        """The typed config, with the backend that this task really runs on."""
+        document = self.config.to_dict()
+        document["parallel"] |= where_it_runs()
+        return refusing(load_config, json.dumps(document))
 
     def train_here(self):
         """Run the flow's training program on this node, or lend the node to it."""
@@ -189,4 +205,9 @@ def main(flow: type[FlowSpec]) -> None:
         sys.argv[1:] = metaflow_arguments(sys.argv[1:], default=CONFIGS / "grpo_tiny.yaml")
     except ConfigError as error:
         sys.exit(f"posttrain refused to run: {error}")
-    flow()
+    try:
+        flow()
+    except SystemExit:
+        if _final:
+            sys.exit(METAFLOW_EXIT_DISALLOW_RETRY)
+        raise

@@ -100,8 +100,10 @@ def _check_devices(config: RunConfig) -> list[str]:
 
 
 def _check_writable(root: str) -> list[str]:
+    probe = storage.join(root, f".probe-{uuid.uuid4().hex}")
     try:
-        storage.write_bytes(storage.join(root, f".probe-{uuid.uuid4().hex}"), b"")
+        storage.write_bytes(probe, b"")
+        storage.remove_file(probe)
     except Exception as error:
         return [f"checkpoint.root: cannot write to {root}: {error}"]
     return []

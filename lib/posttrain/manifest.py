@@ -14,6 +14,7 @@ FORMAT = 1
 
 
 def file_sha256(path: str | Path) -> str:
+    """Hash of a file's bytes, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from posttrain.manifest import MANIFEST, verify_folder, write_manifest
 
 
 def is_s3(uri: str) -> bool:
+    """Whether a URI names an object store rather than this machine's file system."""
     return uri.startswith("s3://")
 
 
@@ -46,13 +48,8 @@ def publish(local: str | Path, uri: str, **facts: Any) -> None:
         for name in [*manifest["files"], MANIFEST]:  # the manifest last: it is the commit
             client.upload_file(str(Path(local, name)), bucket, f"{prefix}/{name}")
         shutil.rmtree(local)
-        return
-    target = Path(uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():  # left by something that is no publish: keep it, out of the way
-        target.rename(target.with_name(f"{target.name}.stray-{os.getpid()}"))
-    os.rename(local, target)
-    _fsync(target.parent)
+    else:
+        _move(Path(local), Path(uri))
     faults.point("publish.after_commit")
 
 
@@ -62,9 +59,8 @@ def staging(uri: str) -> Iterator[Path]:
     if is_s3(uri):
         folder = Path(tempfile.mkdtemp(prefix="posttrain-"))
     else:
-        parent = Path(uri).parent
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{Path(uri).name}.tmp-", dir=parent))
+        folder = Path(f"{uri}.tmp-{uuid.uuid4().hex[:12]}")
+        folder.mkdir(parents=True)  # not mkdtemp: others may read what is published, as the umask says
     try:
         yield folder
     finally:
@@ -157,12 +153,18 @@ def remove_folder(uri: str) -> None:
 
 
 def set_aside(uri: str) -> str:
-    """Rename a damaged local folder so that it is never read again, and say its new name; S3 stays as it is."""
-    if is_s3(uri):
-        return uri
-    target = Path(uri).with_name(f"{Path(uri).name}.damaged-{os.getpid()}")
-    Path(uri).rename(target)
-    return str(target)
+    """Make a damaged folder count as unpublished, and say where its bytes are now.
+
+    On disk the folder is renamed; on S3 only its manifest is, and the next publish may write over the rest.
+    """
+    mark = f"damaged-{uuid.uuid4().hex[:12]}"
+    if not is_s3(uri):
+        return str(Path(uri).rename(f"{uri}.{mark}"))
+    manifest = join(uri, MANIFEST)
+    if exists(manifest):
+        write_bytes(f"{manifest}.{mark}", read_bytes(manifest))
+        remove_file(manifest)
+    return uri
 
 
 def read_bytes(uri: str) -> bytes:
@@ -186,6 +188,15 @@ def write_bytes(uri: str, data: bytes) -> None:
     os.replace(part, path)
 
 
+def remove_file(uri: str) -> None:
+    """Delete one file."""
+    if not is_s3(uri):
+        Path(uri).unlink()
+        return
+    client, bucket, key = _s3(uri)
+    client.delete_object(Bucket=bucket, Key=key)
+
+
 def _s3(uri: str) -> tuple[Any, str, str]:
     """Client with a retry budget of minutes, not Metaflow's possible 80; bucket; key."""
     import boto3
@@ -200,6 +211,21 @@ def _s3(uri: str) -> tuple[Any, str, str]:
 def _keys(client: Any, bucket: str, prefix: str) -> list[str]:
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+
+def _move(local: Path, target: Path) -> None:
+    """Commit by a rename, which fails where another writer has put files since."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(local, target)
+    except OSError:
+        if exists(str(target / MANIFEST)):
+            raise CheckpointError(f"{target} is already published, by another writer, just now") from None
+        if not target.exists():
+            raise
+        target.rename(f"{target}.stray-{uuid.uuid4().hex[:12]}")  # left by no publish: kept, out of the way
+        os.rename(local, target)
+    _fsync(target.parent)
 
 
 def _fsync(folder: Path) -> None:

@@ -95,6 +95,8 @@ class Checkpoints:
         return sorted(int(match[1]) for match in matches if match)
 
     def _prune(self) -> None:
-        """Drop checkpoints beyond `keep`; the newest was hashed file by file just before this."""
-        for step in self._steps()[: -self.keep]:
-            storage.remove_folder(storage.join(self.uri, f"step_{step:06d}"))
+        """Drop committed checkpoints beyond `keep`; the newest was hashed file by file just before this."""
+        uris = [storage.join(self.uri, f"step_{step:06d}") for step in self._steps()]
+        committed = [uri for uri in uris if storage.exists(storage.join(uri, "manifest.json"))]
+        for uri in committed[: -self.keep]:
+            storage.remove_folder(uri)

@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from posttrain.compute import reaper
 from posttrain.errors import ComputeError
 
 DONE = b"done"
@@ -36,16 +38,22 @@ def ray_cluster(gang: Gang, *, num_cpus: int, num_gpus: int, join_timeout_s: flo
 
     Yields True on the one node that drives the work, False on nodes that lend their
     hardware; those stay inside until node 0 is through and fail if it fails. Ray runs on
-    loopback on a single node, has no dashboard, asks for a token that only this step
-    knows, and its processes die with this one (parent-death signals).
+    loopback on a single node, has no dashboard, asks for a token that only this
+    process knows, and nothing of it outlives this process (see reaper.py).
     """
+    with _reaped():
+        yield from _cluster(gang, num_cpus, num_gpus, join_timeout_s)
+
+
+def _cluster(gang: Gang, num_cpus: int, num_gpus: int, join_timeout_s: float) -> Iterator[bool]:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # do not hide GPUs from CPU actors, nor warn of it
     if gang.num_nodes == 1:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray keeps the first one it reads
+        _stay_on_loopback()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _init(address="local", _node_ip_address="127.0.0.1", num_cpus=num_cpus, num_gpus=num_gpus)
+            _init(address="local", num_cpus=num_cpus, num_gpus=num_gpus)
         try:
             yield True
         finally:
@@ -58,10 +66,38 @@ def ray_cluster(gang: Gang, *, num_cpus: int, num_gpus: int, join_timeout_s: flo
         yield gang.node_index == 0
 
 
+@contextmanager
+def _reaped() -> Iterator[None]:
+    """Mark every process started inside, and leave a watcher that ends them should this one die."""
+    mark = uuid.uuid4().hex
+    os.environ.pop(reaper.MARK, None)
+    command = [sys.executable, "-I", reaper.__file__, mark]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    os.environ[reaper.MARK] = mark
+    try:
+        yield
+    finally:
+        del os.environ[reaper.MARK]
+        assert watcher.stdin is not None, "the watcher was started with a pipe"
+        watcher.stdin.close()
+
+
 def _init(**options) -> None:
     import ray
 
     ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True, **options)
+
+
+def _stay_on_loopback() -> None:
+    """Have Ray take 127.0.0.1 as this node's address, as it does by itself on macOS and Windows.
+
+    On Linux it replaces 127.0.0.1 by the machine's own address and listens on every
+    interface (ray 2.60, services.resolve_ip_for_localhost); this is its own switch. Drop
+    when ray.init(_node_ip_address="127.0.0.1") is honoured.
+    """
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _shutdown() -> None:

@@ -1,5 +1,8 @@
 """Sums over the ranks of one training job. With one rank nothing is sent."""
 
+import os
+import socket
+import sys
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -8,22 +11,46 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class MeetingPoint:
+    """A listening socket on rank 0, on one address and not on all of the machine's, held until the ranks meet."""
+
+    def __init__(self, host: str):
+        self.listener = socket.create_server((host, 0))
+        self.address = f"{host}:{self.listener.getsockname()[1]}"
+
+
 class Ranks:
     """The process group of the policy ranks: gloo on CPU, NCCL on GPUs.
 
     A collective that a peer never joins fails after `timeout_s`.
     """
 
-    def __init__(self, *, rank: int, world_size: int, address: str, timeout_s: float, device: torch.device):
+    def __init__(
+        self, *, rank: int, world_size: int, meeting: "MeetingPoint | str", timeout_s: float, device: torch.device
+    ):
+        """
+        Args:
+            meeting: on rank 0 the MeetingPoint itself, elsewhere its address.
+        """
         self.rank, self.world_size, self.device = rank, world_size, device
-        if world_size > 1:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                init_method=f"tcp://{address}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout_s),
-            )
+        if world_size == 1:
+            return
+        timeout = timedelta(seconds=timeout_s)
+        address = meeting if isinstance(meeting, str) else meeting.address
+        host, port = address.rsplit(":", 1)
+        if host.startswith("127."):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        store = dist.TCPStore(
+            host,
+            int(port),
+            world_size,
+            is_master=rank == 0,
+            timeout=timeout,
+            master_listen_fd=None if isinstance(meeting, str) else meeting.listener.detach(),
+            use_libuv=False,
+        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum of float64 numbers over the ranks."""

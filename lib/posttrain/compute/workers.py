@@ -5,6 +5,8 @@ Everything above this file calls a group's methods and never sees Ray.
 
 import asyncio
 import os
+import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +38,11 @@ class ActorGroup:
         import ray
 
         self.name = name
-        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # plug-ins import there as they do here
+        }
         environment |= {key: os.environ[key] for key in ("POSTTRAIN_FAULT",) if key in os.environ}
         actor = ray.remote(cls).options(  # pyright: ignore[reportAttributeAccessIssue]
             num_cpus=num_cpus,
@@ -96,4 +102,17 @@ class ActorGroup:
                 raise cause from None
             raise ComputeError(f"{who}: {method}() raised {type(cause).__name__}: {cause}\n{error}") from None
         except RayActorError as error:
-            raise ComputeError(f"{who} died during {method}(): {str(error).strip().splitlines()[0]}") from None
+            raise ComputeError(f"{who} died during {method}(): {_cause(str(error))}") from None
+
+
+def _cause(message: str) -> str:
+    """The telling line of Ray's report: the last of a traceback from the constructor, else the first."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d+m", "", message).splitlines() if line.strip()]
+    return lines[-1] if "creation task" in lines[0] else lines[0]
+
+
+def node_address() -> str:
+    """The address of the machine that the calling actor runs on, as the other nodes know it."""
+    import ray
+
+    return ray.util.get_node_ip_address()

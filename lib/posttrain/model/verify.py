@@ -30,7 +30,9 @@ def compare_with_transformers(folder: str | Path, *, seed: int = 0, num_docs: in
         ModelError: max_abs_diff exceeds TOLERANCE.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = load_decoder(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     rng = np.random.default_rng(seed)

@@ -1,6 +1,5 @@
 """The policy: SPMD ranks that hold the model and train it in step, and the group that drives them."""
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from posttrain import storage
 from posttrain.compute.checkpoint import Checkpoints, Found
-from posttrain.compute.collective import Ranks
+from posttrain.compute.collective import MeetingPoint, Ranks
 from posttrain.compute.engine import Engine
 from posttrain.compute.weight_sync import digest
-from posttrain.compute.workers import ActorGroup
+from posttrain.compute.workers import ActorGroup, node_address
 from posttrain.data.batch import collate
 from posttrain.data.pack import deal
 from posttrain.data.types import Pack
@@ -57,19 +56,19 @@ class PolicyRank:
             torch.set_num_threads(max(1, torch.get_num_threads()))
 
     def address(self) -> str:
-        """A free host:port on this rank's machine, for rank 0 to be found at."""
-        import ray
-
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as listener:
-            listener.bind((host, 0))
-            return f"{host}:{listener.getsockname()[1]}"
+        """host:port on this rank's machine where rank 0 waits for the others."""
+        self.meeting = MeetingPoint(node_address())
+        return self.meeting.address
 
     def join(self, address: str, timeout_s: float) -> int:
         """Meet the other ranks, load the model, make the engine; return the parameter count."""
         training = self.training
         ranks = Ranks(
-            rank=self.rank, world_size=self.world_size, address=address, timeout_s=timeout_s, device=self.device
+            rank=self.rank,
+            world_size=self.world_size,
+            meeting=self.meeting if self.rank == 0 else address,
+            timeout_s=timeout_s,
+            device=self.device,
         )
         self.folder = storage.fetch(self.model_uri)
         model = load_decoder(self.folder, device=self.device)
