@@ -22,10 +22,15 @@ class FreshModel(Section):
     """Shape of a small Qwen3 drawn at random, with a tokenizer trained on the run's own data."""
 
     hidden_size: int = Field(default=128, ge=8)
+    """Width of the residual stream."""
     num_layers: int = Field(default=4, ge=1)
+    """Transformer blocks."""
     num_heads: int = Field(default=4, ge=1)
+    """Query heads; head_dim is hidden_size / num_heads."""
     num_kv_heads: int = Field(default=2, ge=1)
+    """Key and value heads, shared by groups of query heads."""
     mlp_size: int = Field(default=512, ge=8)
+    """Width of the SwiGLU's gate and up projections."""
     max_length: int = Field(default=128, ge=8)
     """Longest sequence, tokens."""
     vocab_size: int = Field(default=512, ge=300)
@@ -77,6 +82,7 @@ class Warmup(Section):
     """Supervised fine-tuning before the recipe proper."""
 
     num_steps: int = Field(default=100, ge=1)
+    """Optimizer steps of the warm-up."""
     samples_per_step: int = Field(default=128, ge=1)
     """Demonstrations in one optimizer step, over all ranks."""
     lr: float = Field(default=2e-3, gt=0)
@@ -87,6 +93,7 @@ class GRPO(Section):
     """Group-relative policy optimisation (arXiv:2402.03300)."""
 
     name: Literal["grpo"] = "grpo"
+    """The recipe."""
     group_size: int = Field(default=8, ge=2)
     """Completions sampled for each prompt; the group is its own baseline, so 1 has no signal."""
     normalize_std: bool = False
@@ -107,11 +114,15 @@ class Optim(Section):
     schedule: Literal["constant", "linear"] = "constant"
     """After the linear warm-up: hold, or decay to zero."""
     warmup_steps: int = Field(default=5, ge=0)
+    """Steps over which the learning rate rises to its peak."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of AdamW's first and second moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
     """On matrices only."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
 
 
 class Rollout(Section):
@@ -122,7 +133,9 @@ class Rollout(Section):
     prompts_per_step: int = Field(default=64, ge=1)
     """Groups in one optimizer step."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of sampling, and of the logprobs trained on."""
     max_new_tokens: int = Field(default=16, ge=1)
+    """A completion that reaches it is cut, tokens."""
     timeout_s: float = Field(default=600, gt=0)
     """Deadline of one batch of generation, and of one training step, seconds."""
 
@@ -148,6 +161,7 @@ class Parallel(Section):
     nodes: int = Field(default=1, ge=1)
     """Machines of the train step."""
     gpus_per_node: int = Field(default=0, ge=0)
+    """0 runs on CPUs."""
     cpus_per_node: int = Field(default=2, ge=1)
     """Requested from Kubernetes or Batch; on a laptop every core is used."""
     memory_gib: int = Field(default=8, ge=1)
@@ -164,6 +178,7 @@ class Checkpoint(Section):
     root: str | None = None
     """Folder or s3:// prefix of all runs' files; null is ./runs of where the run was started."""
     every_steps: int | None = Field(default=None, ge=1)
+    """Commit after every so many steps; null goes by time alone."""
     every_minutes: float = Field(default=10, gt=0)
     """Whichever comes first; the last step always commits."""
     keep: int = Field(default=2, ge=1)
@@ -183,6 +198,7 @@ class RunConfig(Section):
     """One run."""
 
     seed: int = Field(default=0, ge=0)
+    """Of the weights, the data order and the sampling; a run is a function of it."""
     model: Model
     data: Data
     warmup: Warmup | None = None

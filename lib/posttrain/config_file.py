@@ -11,6 +11,9 @@ from pydantic import BaseModel, ValidationError
 from posttrain.config import RunConfig
 from posttrain.errors import ConfigError
 
+STAND_IN: dict[Any, dict[str, str]] = {("model",): {"path": "stand-in"}, ("data",): {}, ("reward",): {}}
+"""Sections that a config must have, as they are while the rest is looked at."""
+
 
 def load_config(text: str) -> RunConfig:
     """Parse and validate a YAML run config.
@@ -27,8 +30,8 @@ def load_config(text: str) -> RunConfig:
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        problems += _combinations(document, [problem["loc"] for problem in error.errors()])
+        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
+        problems += _combinations(document, [_key(problem) for problem in error.errors()])
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -76,14 +79,13 @@ def _combinations(document: dict[str, Any], wrong: list[tuple[int | str, ...]]) 
     for loc in wrong:
         _at(rest, loc[:-1]).pop(loc[-1] if loc else None, None)
     lines: list[str] = []
-    for _ in range(2):  # a required value that was wrong, and is now missing, gets a stand-in of the right form
+    for _ in range(3):  # what was wrong and is now missing gets a stand-in of the right form
         try:
             RunConfig.model_validate(rest)
         except ValidationError as error:
             lines = [line for p in error.errors() if not p["loc"] for line in _explain(p).splitlines()]
-            for problem in error.errors():
-                if problem["type"] == "missing":
-                    _at(rest, problem["loc"][:-1])[problem["loc"][-1]] = "stand.in:value"
+            for loc in (_key(problem) for problem in error.errors() if problem["loc"]):
+                _at(rest, loc[:-1])[loc[-1]] = dict(STAND_IN[loc]) if loc in STAND_IN else "stand.in:value"
     paths = [".".join(map(str, loc)) for loc in wrong]
     return [line for line in lines if not any(path and path in line for path in paths)]
 
@@ -95,9 +97,14 @@ def _at(document: Any, loc: tuple[int | str, ...]) -> dict[Any, Any]:
     return document if isinstance(document, dict) else {}
 
 
+def _key(problem: Any) -> tuple[int | str, ...]:
+    """The path a person wrote: pydantic adds which kind of a union it tried."""
+    return tuple(p for p in problem["loc"] if not str(p).startswith(("function-", "literal[", "constrained-")))
+
+
 def _explain(problem: Any) -> str:
-    """One line of the form `path: what is wrong (got value); fix`."""
-    path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    """One line of the form `path: what is wrong (got value); fix`; an impossible combination has one line each."""
+    path = ".".join(map(str, _key(problem)))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)

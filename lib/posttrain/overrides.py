@@ -30,7 +30,7 @@ def metaflow_arguments(arguments: list[str], *, default: Path) -> list[str]:
 
     Example:
         ["run", "--config", "c.yaml", "--config-value", "optim.lr=1e-4"] ->
-        ["--config-value", "config", '{"base": "/…/c.yaml", "optim.lr": 0.0001}', "run"]
+        ["--config-value", "config", '{"base": "/…/c.yaml", "optim.lr": "1e-4"}', "run"]
     """
     native, files, overrides, rest = _sorted_words(arguments)
     if not files and not overrides:
@@ -69,7 +69,10 @@ def _sorted_words(arguments: list[str]) -> tuple[list[str], list[str], dict[str,
             key, equals, text = value.partition("=")
             if not equals:
                 raise ConfigError(f"{word} {value}: write it as key=value, for example optim.lr=1e-4")
-            overrides[key] = yaml.safe_load(text)
+            try:
+                overrides[key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{word} {value}: not YAML: {error}") from None
     return native, files, overrides, rest
 
 
@@ -80,7 +83,10 @@ def _take(words: list[str], option: str) -> str:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
     if not isinstance(value, dict):
         raise ConfigError(f"--config-value {NAME} takes a YAML or JSON mapping, got {text!r}")
     return {str(key): inner for key, inner in value.items()}

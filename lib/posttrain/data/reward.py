@@ -42,6 +42,8 @@ class RewardWorker:
 
 def _checked(value: Any, *, where: str) -> tuple[float, dict[str, float]]:
     parts = value if isinstance(value, dict) else {"reward": value}
+    if not parts:
+        raise RewardError(f"{where}: a dict without parts is not a reward")
     for name, part in parts.items():
         if not isinstance(part, Real) or not math.isfinite(part):
             raise RewardError(f"{where}: {name} is {part!r}, not a finite number")

@@ -71,9 +71,10 @@ def stored_rows(path: Path) -> list[Row]:
 
 
 def _parquet_rows(source: str, key: str) -> list[Row]:
+    data = io.BytesIO(storage.read_bytes(source))
     try:
-        return pq.read_table(io.BytesIO(storage.read_bytes(source)), page_checksum_verification=True).to_pylist()
-    except pa.ArrowInvalid as error:
+        return pq.read_table(data, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:  # a page's checksum is an OSError
         raise DataError(f"{key}: {source} is not a whole Parquet file: {error}") from None
 
 

@@ -1,8 +1,8 @@
 """Text becomes token ids and a loss mask, through the Hugging Face tokenizer that also serves the model.
 
 The only apply_chat_template in the repository. What is trained is decided by the
-template's own generation markers: a template without them is refused, because its
-mask would be silently all zero.
+template's own generation markers: training on a template without them is refused,
+because its mask would be silently all zero.
 """
 
 import hashlib
@@ -19,8 +19,7 @@ class BaseHFModelTokenizer:
     """A thin layer over AutoTokenizer: messages to ids and masks, ids to text, and a fingerprint.
 
     Raises:
-        DataError: the folder holds no tokenizer, or its template marks no assistant tokens,
-            or its pad token is its stop token.
+        DataError: the folder holds no tokenizer or no template, or its pad token is its stop token.
     """
 
     def __init__(self, folder: str | Path):
@@ -30,11 +29,10 @@ class BaseHFModelTokenizer:
             self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no tokenizer: {error}") from None
-        if not self.hf.chat_template or "{%- generation" not in self.hf.chat_template.replace("{% ", "{%- "):
-            raise DataError(
-                f"{folder}: the chat template has no {{% generation %}} markers, so the loss mask would be all zero; "
-                "wrap the assistant's text and its stop token in {% generation %} … {% endgeneration %}"
-            )
+        if not self.hf.chat_template:
+            raise DataError(f"{folder}: the tokenizer has no chat template")
+        self.folder = folder
+        self.has_markers = "{%- generation" in self.hf.chat_template.replace("{% ", "{%- ")
         if self.hf.eos_token_id is None or self.hf.pad_token_id in (None, self.hf.eos_token_id):
             raise DataError(f"{folder}: the tokenizer needs an eos token, and a pad token that is not the eos token")
         self.stop_id: int = self.hf.eos_token_id
@@ -45,11 +43,15 @@ class BaseHFModelTokenizer:
         """Ids and loss mask [L] of a whole conversation; 1 on assistant text and its stop token.
 
         Raises:
-            DataError: no token is trained.
+            DataError: the template marks no assistant text, cannot render the messages, or
+                no token is trained.
         """
-        encoded = self.hf.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        if not self.has_markers:
+            raise DataError(
+                f"{self.folder}: the chat template has no {{% generation %}} markers, so the loss mask would be all "
+                "zero; wrap the assistant's text and its stop token in {% generation %} … {% endgeneration %}"
+            )
+        encoded = self._render(messages, return_assistant_tokens_mask=True)
         ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
         if not any(mask):
             roles = [message.get("role") for message in messages]
@@ -57,11 +59,20 @@ class BaseHFModelTokenizer:
         return ids, mask
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Ids [P] of a conversation up to and including the opening of the assistant's turn."""
-        encoded = self.hf.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, add_generation_prompt=True
-        )
-        return list(encoded["input_ids"])
+        """Ids [P] of a conversation up to and including the opening of the assistant's turn.
+
+        Raises:
+            DataError: the template cannot render the messages.
+        """
+        return list(self._render(messages, add_generation_prompt=True)["input_ids"])
+
+    def _render(self, messages: Sequence[dict[str, Any]], **options: bool) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return self.hf.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+        except (TemplateError, TypeError, ValueError) as error:  # what a template raises on a field it lacks
+            raise DataError(f"the chat template cannot render {str(messages)[:200]}: {error}") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion, special tokens left out."""
@@ -76,6 +87,9 @@ class BaseHFModelTokenizer:
 def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int) -> int:
     """Train a byte-level BPE tokenizer with one token per digit and ChatML turns; return its size.
 
+    No token reaches from the opening of the assistant's turn into its text: a prompt is
+    then the beginning of its conversation, and the mask is exact.
+
     The folder is what AutoTokenizer opens: tokenizer.json, tokenizer_config.json and the
     template with generation markers.
     """
@@ -85,7 +99,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(r"\d|\Aassistant\n"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -40,7 +40,7 @@ def tokenize_prompts(
     """Rows with `messages` or `prompt` become prompt ids.
 
     Raises:
-        DataError: neither is there, or the prompt is longer than the limit.
+        DataError: names the row that has neither, cannot be rendered, or is longer than the limit.
     """
     prompts = []
     for number, row in enumerate(rows):
@@ -49,7 +49,10 @@ def tokenize_prompts(
             messages = [{"role": "user", "content": row["prompt"]}]
         if not isinstance(messages, list) or not messages:
             raise DataError(f"{key}, row {number}: neither `messages` nor `prompt`; found keys {sorted(row)}")
-        ids = tokenizer.prompt(messages)
+        try:
+            ids = tokenizer.prompt(messages)
+        except DataError as error:
+            raise DataError(f"{key}, row {number}: {error}") from None
         if len(ids) > max_prompt_tokens:
             raise DataError(
                 f"{key}, row {number}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "

@@ -83,6 +83,9 @@ class Controller:
     async def run(self, prompts: Prompts) -> None:
         """Restore the last checkpoint if there is one, sync, and train to the end.
 
+        "eval/reward" of a step is that of the weights its rollouts were sampled with; of
+        the last step that of the final weights.
+
         Raises:
             ComputeError: a worker died, hung, or produced NaN.
             RewardError: the reward's failure budget is spent.
@@ -92,6 +95,10 @@ class Controller:
         await self._sync()
         for step in range(first, self.plan.num_steps):
             clock = Clock()
+            measured: Metrics = {}
+            if step % self.plan.eval_every == 0:
+                with clock.phase("eval"):
+                    measured["eval/reward"] = await self.evaluator.quick()
             with clock.phase("rollout"):
                 groups = await self.maker.collect(
                     prompts, self.ledger, groups=self.plan.prompts_per_step, group_size=self.plan.group_size
@@ -101,10 +108,10 @@ class Controller:
             with clock.phase("sync"):
                 self.version += 1
                 await self._sync()
-            if (step + 1) % self.plan.eval_every == 0 or step + 1 == self.plan.num_steps:
+            if step + 1 == self.plan.num_steps:
                 with clock.phase("eval"):
-                    metrics["eval/reward"] = await self.evaluator.quick()
-            metrics |= clock.metrics()
+                    measured["eval/reward"] = await self.evaluator.quick()
+            metrics |= measured | clock.metrics()
             self.observers.step({"step": step, **metrics})
             self.observers.rollouts(step, groups)
             await self._save_if_due(step + 1)

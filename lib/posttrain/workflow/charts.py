@@ -1,0 +1,213 @@
+"""The charts of the cards: metrics in, Vega-Lite specs out, as plain JSON values.
+
+Nothing here knows Metaflow. A refresh of a card rewrites all its charts, so long runs
+are thinned to what a screen can show, and values that JSON cannot carry (NaN, infinity)
+are left out.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Metrics = dict[str, float]
+Point = tuple[int, float]
+"""Optimizer step, counted from 1, and the value there."""
+Scale = Literal["zero", "data", "share"]
+"""What a value axis shows: from zero, only where the data are, or all of [0, 1] if they lie there."""
+
+BLUE, ORANGE, GREEN, PURPLE, GREY, PALE = "#2f6fde", "#e8762c", "#2f9e6e", "#9a55b8", "#a3abb6", "#9dbcf3"
+COLOURS = [BLUE, ORANGE, GREEN, PURPLE, GREY]
+"""Training is blue and held-out rows are orange on every card."""
+MAX_POINTS = 400
+"""Points of a line: about one per pixel of the narrower charts."""
+MAX_BARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One metric over the steps."""
+
+    metric: str
+    label: str
+    colour: str = BLUE
+    mean_of: int = 1
+    """Steps of the trailing mean that is drawn instead of the value."""
+    dots: bool = False
+    """Mark every value: for what is measured rarely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One chart: its title, the y axis with its unit, and its lines."""
+
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    scale: Scale = "zero"
+    height: int = 260
+    """Pixels, title and legend included."""
+
+
+def line_chart(chart: Chart, rows: Sequence[Metrics]) -> dict[str, Any] | None:
+    """Every line that has values, or None when no line has any."""
+    drawn = [(line, found) for line in chart.lines if (found := points(line, rows))]
+    if not drawn:
+        return None
+    layers = []
+    for line, found in drawn:
+        mark = {"type": "line", "strokeWidth": 1.25 if line.colour == PALE else 2}
+        if line.dots or len(found) == 1:
+            mark["point"] = {"size": 45, "filled": True}
+        values = [{"step": step, "value": value} for step, value in found]
+        layers.append({"data": {"values": values}, "mark": mark, "encoding": {"color": {"datum": line.label}}})
+    values = [value for _, found in drawn for _, value in found]
+    scale = value_scale(values, chart.scale)
+    y: dict[str, Any] = {"field": "value", "type": "quantitative", "title": chart.unit, "scale": scale}
+    if max(map(abs, values)) < 1e-3:
+        y["axis"] = {"format": "~g"}
+    colours = {"domain": [line.label for line, _ in drawn], "range": [line.colour for line, _ in drawn]}
+    encoding = {
+        "x": {"field": "step", **_step_axis(rows)},
+        "y": y,
+        "color": {"type": "nominal", "scale": colours, **_legend(show=len(drawn) > 1)},
+        "tooltip": [{"field": "step", "type": "quantitative"}, {"field": "value", "type": "quantitative"}],
+    }
+    return _spec(chart.title, {"height": chart.height, "encoding": encoding, "layer": layers})
+
+
+def time_chart(rows: Sequence[Metrics], phases: dict[str, str]) -> dict[str, Any] | None:
+    """Seconds of every phase of a step (phase -> colour), stacked, and what no phase accounts for.
+
+    Long runs are drawn as means of consecutive steps, so that no slow step is lost.
+    """
+    if not any("time/step_s" in row for row in rows):
+        return None
+    width = -(-len(rows) // MAX_BARS)
+    values = []
+    for start in range(0, len(rows), width):
+        some = rows[start : start + width]
+        seconds = {phase: _mean(some, f"time/{phase}_s") for phase in phases}
+        seconds["other"] = max(0.0, _mean(some, "time/step_s") - sum(seconds.values()))
+        span = {"from": int(some[0]["step"]), "to": int(some[-1]["step"]) + 1}
+        values += [
+            {**span, "phase": phase.replace("_", " and "), "seconds": _short(s), "order": order}
+            for order, (phase, s) in enumerate(seconds.items())
+        ]
+    names = [*(phase.replace("_", " and ") for phase in phases), "other"]
+    colours = {"domain": names, "range": [*phases.values(), GREY]}
+    unit = "seconds" if width == 1 else f"seconds, mean of {width} steps"
+    encoding = {
+        "x": {"field": "from", "bin": {"binned": True, "step": width}, **_step_axis(rows)},
+        "x2": {"field": "to"},
+        "y": {"field": "seconds", "type": "quantitative", "title": unit, "stack": True},
+        "color": {"field": "phase", "type": "nominal", "scale": colours, **_legend(show=True)},
+        "order": {"field": "order", "type": "quantitative"},
+        "tooltip": [{"field": "phase", "type": "nominal"}, {"field": "seconds", "type": "quantitative"}],
+    }
+    mark = {"type": "bar", "binSpacing": 1 if len(rows) < MAX_BARS else 0}
+    return _spec("Where a step's time goes", {"data": {"values": values}, "mark": mark, "encoding": encoding})
+
+
+def bar_chart(title: str, unit: str, bars: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """One bar per measure and model (model -> measure -> value), models beside each other."""
+    values = [
+        {"model": model, "measure": measure, "value": _short(value)}
+        for model, measures in bars.items()
+        for measure, value in measures.items()
+        if math.isfinite(value)
+    ]
+    models = list(bars)
+    scale = value_scale([float(bar["value"]) for bar in values], "share")
+    if "domain" not in scale:
+        scale["zero"] = True  # a bar that does not start at zero misleads
+    colours = {"domain": models, "range": [GREY, *COLOURS[: len(models) - 1]]}
+    encoding = {
+        "y": {"field": "measure", "type": "nominal", "title": "measure", "sort": None},
+        "yOffset": {"field": "model", "type": "nominal", "sort": models},
+        "x": {"field": "value", "type": "quantitative", "title": unit, "scale": scale, "axis": {"tickCount": 6}},
+        "color": {"field": "model", "type": "nominal", "scale": colours, **_legend(show=True)},
+    }
+    label = {"type": "text", "align": "left", "baseline": "middle", "dx": 5, "fontSize": 12, "fill": "#333333"}
+    number = {"text": {"field": "value", "type": "quantitative", "format": ".3f"}}
+    layers = [{"mark": {"type": "bar"}}, {"mark": label, "encoding": number}]
+    return _spec(title, {"data": {"values": values}, "encoding": encoding, "layer": layers})
+
+
+def points(line: Line, rows: Sequence[Metrics]) -> list[Point]:
+    """What a line draws: finite values, averaged when the line asks for it, thinned."""
+    found = [(int(row["step"]) + 1, row[line.metric]) for row in rows if math.isfinite(row.get(line.metric, math.nan))]
+    if line.mean_of > 1:
+        if len(found) <= line.mean_of:
+            return []
+        found = _trailing_mean(found, line.mean_of)
+    return [(step, _short(value)) for step, value in thinned(found)]
+
+
+def thinned(found: Sequence[Point]) -> list[Point]:
+    """Every k-th point and the last one, at most MAX_POINTS + 1 in all."""
+    stride = max(1, -(-len(found) // MAX_POINTS))
+    return [point for i, point in enumerate(found) if i % stride == 0 or i == len(found) - 1]
+
+
+def value_scale(values: Sequence[float], kind: Scale) -> dict[str, Any]:
+    """The range of a value axis. Small shares and rewards outside [0, 1] get the range that they need."""
+    if kind == "share" and values and min(values) >= 0 and max(values) <= 1:
+        return {"domain": [0, 1]} if max(values) > 0.2 else {"zero": True, "nice": True}
+    return {"zero": kind == "zero", "nice": True}
+
+
+def _step_axis(rows: Sequence[Metrics]) -> dict[str, Any]:
+    """One x axis for all charts of a card, so that they can be read across; at most ten round ticks."""
+    last = int(rows[-1]["step"]) + 1
+    size = 10 ** math.floor(math.log10(last))
+    gap = next(gap for gap in (size // 10, size // 5, size // 2, size) if gap and last // gap <= 10)
+    return {
+        "type": "quantitative",
+        "title": "optimizer step",
+        "scale": {"domain": [0, last], "nice": False},
+        "axis": {"values": list(range(0, last + 1, gap)), "format": ",d", "labelFlush": False},
+    }
+
+
+def _trailing_mean(found: Sequence[Point], window: int) -> list[Point]:
+    """The mean of the last `window` values, of fewer at the start."""
+    total, means = 0.0, []
+    for i, (step, value) in enumerate(found):
+        total += value - (found[i - window][1] if i >= window else 0.0)
+        means.append((step, total / min(i + 1, window)))
+    return means
+
+
+def _mean(rows: Sequence[Metrics], name: str) -> float:
+    values = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
+    return sum(values) / len(rows)
+
+
+def _short(value: float) -> float:
+    """Six digits are more than a screen shows."""
+    return float(f"{value:.6g}")
+
+
+def _legend(*, show: bool) -> dict[str, Any]:
+    return {"title": None, "legend": {"orient": "top", "direction": "horizontal"} if show else None}
+
+
+def _spec(title: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The look that all charts share. They fill the width they are given; titles and legends fit in the height."""
+    quiet = {"labelColor": "#5b6470", "titleColor": "#5b6470", "titleFontWeight": "normal", "titleFontSize": 12}
+    bare = {"ticks": False, "labelPadding": 5}
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "title": {"text": title, "anchor": "start", "fontSize": 15, "color": "#1f2733", "offset": 8},
+        "width": "container",
+        "height": 260,
+        "autosize": {"type": "fit", "contains": "padding"},
+        **body,
+        "config": {
+            "font": "Roboto, 'Segoe UI', 'Helvetica Neue', sans-serif",
+            "view": {"stroke": None},
+            "axis": {**quiet, "labelFontSize": 11, "gridColor": "#eceef1", "domainColor": "#c4c9d0", **bare},
+            "legend": {"labelColor": "#3a424e", "labelFontSize": 12, "symbolSize": 90, "offset": 6},
+        },
+    }
