@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-all lint docs bench clean
+.PHONY: run test test-slow lint docs bench clean
 .DEFAULT_GOAL := run
 
 # torch first and by its pinned version: a range asked for first may pull a CUDA build.
@@ -24,8 +24,8 @@ test: $(READY)  ## lint, types and the tests that take minutes together
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(READY)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+test-slow: $(READY)  ## the tests that `make test` leaves out: more kills, more faults
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check --fix .
