@@ -1,0 +1,106 @@
+"""Classes for tests that put them into processes of their own, where they must be importable."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import torch
+
+from posttrain.compute.collective import MeetingPoint, Ranks
+from posttrain.compute.engine import Engine
+from posttrain.compute.generator.transformers import TransformersGenerator
+from posttrain.data.batch import collate
+from posttrain.data.types import Pack
+from posttrain.errors import DataError
+from posttrain.model.forward import forward
+from posttrain.model.load import load_decoder
+from posttrain.model.optim import adamw
+from posttrain.model.weights import hf_tensors
+
+
+class Worker:
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def add(self, number: int) -> int:
+        return number + self.rank
+
+    def threads(self) -> str:
+        return os.environ["OMP_NUM_THREADS"]
+
+    def refuse(self) -> None:
+        raise DataError("row 7 is empty")
+
+    def fail(self) -> None:
+        raise ZeroDivisionError("oops")
+
+    def sleep(self) -> None:
+        time.sleep(600)
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class ForgetfulGenerator(TransformersGenerator):
+    """Loses the weights of the second sync, and answers as if it held them: the fault that hides for weeks."""
+
+    def sync(self, version, weights):
+        if version == 1:
+            weights = {name: tensor for name, tensor in self.model.named_parameters() if name in weights}
+        return super().sync(version, weights)
+
+
+class HangingGenerator(TransformersGenerator):
+    """Never answers."""
+
+    def generate(self, requests):
+        time.sleep(3600)
+        return super().generate(requests)
+
+
+class EngineRank:
+    """One rank of a data-parallel engine over tiny weights."""
+
+    def __init__(self, rank: int, world_size: int, folder: str):
+        self.rank, self.world_size, self.folder = rank, world_size, folder
+        self.meeting = MeetingPoint("127.0.0.1") if rank == 0 else None
+
+    def address(self) -> str:
+        assert self.meeting is not None
+        return self.meeting.address
+
+    def join(self, address: str) -> None:
+        ranks = Ranks(
+            rank=self.rank,
+            world_size=self.world_size,
+            meeting=self.meeting or address,
+            timeout_s=60,
+            device=torch.device("cpu"),
+        )
+        self.engine = tiny_engine(self.folder, ranks)
+
+    def train(self, step: int, packs: list[Pack], loss, denominator: float) -> dict[str, float]:
+        batches = [collate(pack, pack_tokens=64) for pack in packs]
+        return self.engine.train_step(step, batches, loss, denominator=denominator)
+
+    def parameters(self) -> list[np.ndarray]:
+        return [p.detach().numpy().copy() for p in self.engine.model.parameters()]
+
+
+def tiny_engine(folder: str, ranks: Ranks) -> Engine:
+    """An engine over the model in `folder`, constant learning rate."""
+    model = load_decoder(folder)
+    optimizer = adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    return Engine(
+        model,
+        optimizer,
+        ranks=ranks,
+        forward=forward,
+        named_weights=hf_tensors,
+        lr_scale=lambda step: 1.0,
+        max_grad_norm=1.0,
+    )

@@ -1,0 +1,41 @@
+"""Fixtures that every test may ask for: an S3 bucket behind a real HTTP server, and a place on disk or S3."""
+
+import os
+from uuid import uuid4
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """Address of an S3 protocol server of this test session, on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server, monkeypatch):
+    """An empty bucket, "s3://<bucket>"; this process and its children find the server in their environment."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("METAFLOW_S3_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("NO_PROXY", ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])))
+    bucket = f"bucket-{uuid4().hex}"
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root_uri(request, tmp_path):
+    """A URI under which nothing is written yet: a test that asks for it runs on disk and again on S3."""
+    if request.param == "disk":
+        return str(tmp_path / "root")
+    return request.getfixturevalue("s3_bucket") + "/root"

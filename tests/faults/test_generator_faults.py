@@ -1,0 +1,25 @@
+"""A generator with the wrong weights stops the run; one that hangs ends it at the deadline."""
+
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import ComputeError, SyncError
+from runs import prepared, small_config
+from steps.grpo import grpo
+
+
+def run(tmp_path: Path, generator: str, **overrides) -> None:
+    config = small_config(**{"rollout.generator": f"actors:{generator}", **overrides})
+    base = prepared(tmp_path, config)
+    grpo(config, root=str(tmp_path), model_uri=base.model_uri, tokens_uri=base.tokens_uri)
+
+
+def test_stale_weights_stop_the_run(tmp_path: Path):
+    with pytest.raises(SyncError, match=r"generator 0 holds \w+ after the sync to version 1, the policy sent \w+"):
+        run(tmp_path, "ForgetfulGenerator")
+
+
+def test_a_hanging_generator_is_named_at_the_deadline(tmp_path: Path):
+    with pytest.raises(ComputeError, match=r"generator 0: generate\(\) did not finish within 20 s"):
+        run(tmp_path, "HangingGenerator", **{"rollout.timeout_s": 20})

@@ -1,0 +1,89 @@
+"""Kill -9 in the middle of training, then resume: the same metrics, ledger and weights as a run left alone."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from runs import Prepared, metrics, prepared, result_of, run_step, small_config
+
+CONFIG = small_config()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepared(tmp_path_factory.mktemp("inputs"), CONFIG)
+
+
+def grpo(base: Prepared, folder: Path, *, fault: str | None = None):
+    inputs = {"root": str(folder), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri}
+    return run_step("grpo", CONFIG, folder, fault=fault, **inputs)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    return {
+        "metrics": metrics(folder / "metrics" / "grpo.jsonl"),
+        "weights": (folder / "trained_model" / "model.safetensors").read_bytes(),
+        "state": (folder / "checkpoints" / "grpo" / "step_000006" / "tensors.safetensors").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {"ledger": result_of(grpo(base, folder))["ledger"], **outcome(folder)}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "controller.before_train@1",
+        pytest.param("controller.before_train@4", marks=pytest.mark.slow),
+        pytest.param("controller.before_train@6", marks=pytest.mark.slow),
+    ],
+)
+def test_driver_killed_between_steps_resumes_bitwise(base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str):
+    killed = grpo(base, tmp_path, fault=fault)
+    assert killed.returncode == -9
+    resumed = grpo(base, tmp_path)
+    assert result_of(resumed)["ledger"] == uninterrupted["ledger"]
+    assert outcome(tmp_path) == {k: v for k, v in uninterrupted.items() if k != "ledger"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "publish.before_commit@2",
+        pytest.param("checkpoint.after_tensors@2", marks=pytest.mark.slow),
+        pytest.param("publish.after_commit@2", marks=pytest.mark.slow),
+    ],
+)
+def test_rank_killed_while_writing_a_checkpoint_resumes_bitwise(
+    base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str
+):
+    killed = grpo(base, tmp_path, fault=fault)
+    assert killed.returncode != 0 and "policy 0 died during save()" in killed.stderr
+    steps = sorted(p.name for p in (tmp_path / "checkpoints" / "grpo").glob("step_??????"))
+    assert steps == (["step_000002", "step_000004"] if fault.startswith("publish.after") else ["step_000002"])
+    resumed = grpo(base, tmp_path)
+    assert "continuing after step" in resumed.stdout
+    assert outcome(tmp_path) == {k: v for k, v in uninterrupted.items() if k != "ledger"}
+
+
+def test_nothing_survives_a_killed_driver(base: Prepared, tmp_path: Path):
+    grpo(base, tmp_path, fault="controller.before_train@1")
+    psutil.wait_procs(_ray_processes(tmp_path), timeout=60)  # Ray's agents look for their parent every few seconds
+    assert not _ray_processes(tmp_path)
+
+
+def _ray_processes(folder: Path) -> list[psutil.Process]:
+    """Live processes whose working folder is the killed run's: Ray's daemons and the actors inherit it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == folder:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

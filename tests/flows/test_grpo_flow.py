@@ -1,0 +1,179 @@
+"""The GRPO flow as a person runs it: from any folder, with overrides, with mistakes, and resumed."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runs import ROOT, SMALL
+
+FLOW = str(ROOT / "flows" / "grpo_flow.py")
+
+
+def flow(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the flow in `folder` with a Metaflow of its own, as a user whose name is unset."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("USER", "USERNAME", "METAFLOW_USER", "SUDO_USER")}
+    environment |= {
+        "METAFLOW_HOME": str(folder / "metaflow_home"),
+        "METAFLOW_CLIENT_CACHE_PATH": str(folder / "client_cache"),
+        "PYTHONPATH": str(ROOT / "tests"),
+        **env,
+    }
+    command = [sys.executable, FLOW, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def overrides(**changes: object) -> list[str]:
+    return ["--config-value", "config", json.dumps(SMALL | changes)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flow")
+    done = flow(folder, *overrides(), "run", "--run-id-file", "run_id")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (folder / "log").write_text(done.stdout + done.stderr)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path):
+    os.environ["METAFLOW_CLIENT_CACHE_PATH"] = str(finished / "client_cache")
+    from metaflow import Run, metadata, namespace
+
+    metadata(f"local@{finished}")
+    namespace(None)
+    return Run(f"GRPOFlow/{(finished / 'run_id').read_text()}")
+
+
+def test_the_flow_ends_with_a_table_and_the_export_path(finished: Path):
+    log = (finished / "log").read_text()
+    assert "grpo 6/6" in log and "ETA 0:00" in log
+    assert "before" in log and "after" in log and "exported model: " in log
+    assert "Traceback" not in log and "Warning" not in log
+
+
+def test_every_step_ran_and_left_plain_small_artifacts(run):
+    steps = {step.id for step in run}
+    assert steps == {"start", "prepare", "tokenize", "warmup", "train", "evaluate", "export", "end"}
+    for step in run:
+        for artifact in step.task:
+            value = artifact.data
+            assert json.loads(json.dumps(value)) == value, f"{artifact} is not plain"
+            assert len(json.dumps(value)) < 4096, f"{artifact} is too large for the Metaflow UI to show"
+
+
+def test_artifacts_tell_the_story(run):
+    data = run.data
+    assert data.warmed_up["loss_last"] < data.warmed_up["loss_first"]
+    assert data.trained["ledger"]["trained"] == 6 * 4 and data.trained["ledger"]["dropped"] == {}
+    assert set(data.evaluation) == {"before", "after"}
+    assert data.exported["max_abs_diff"] <= 1e-4
+    assert data.provenance["versions"]["torch"] == torch.__version__
+
+
+def test_transformers_opens_the_export(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    uri = run.data.exported["uri"]
+    tokenizer = AutoTokenizer.from_pretrained(uri)
+    model = AutoModelForCausalLM.from_pretrained(uri)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "sort 312"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model(**ids).logits.shape[-1] == len(tokenizer)
+    assert "Lineage" in Path(uri, "README.md").read_text()
+
+
+def test_cards_show_what_they_should(run):
+    from metaflow.cards import get_cards
+
+    shows = {
+        "tokenize": ["Demonstrations", "Prompts"],
+        "warmup": ["Warm-up", "Loss"],
+        "train": ["Training reward", "KL to the starting policy", "Where a step's time goes", "ended by"],
+        "evaluate": ["held-out rows", "greedy"],
+    }
+    for step, texts in shows.items():
+        (card,) = get_cards(run[step].task)
+        content = card_content(card.get())
+        for text in texts:
+            assert text in content, f"{step}: {text}"
+
+
+def card_content(html: str) -> str:
+    """The JSON of a card's components, which its page carries in base64."""
+    blocks = re.findall(r"[A-Za-z0-9+/]{200,}={0,2}", html)
+    decoded = [base64.b64decode(block + "=" * (-len(block) % 4)) for block in blocks]
+    return next(json.dumps(json.loads(d), ensure_ascii=False) for d in decoded if d.startswith(b'{"metadata"'))
+
+
+def test_resume_from_a_step_keeps_what_came_before(finished: Path):
+    again = flow(finished, "resume", "evaluate")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert "grpo 6/6" not in again.stdout and "exported model: " in again.stdout
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_train_resumes_from_its_checkpoint(tmp_path: Path):
+    # Every attempt of the step is killed at its third training step, after a commit at step 2;
+    # Metaflow's two retries continue from it and from step 4.
+    killed = flow(tmp_path, *overrides(), "run", POSTTRAIN_FAULT="controller.before_train@3")
+    assert "continuing after step 2 of 6" in killed.stdout and "continuing after step 4 of 6" in killed.stdout
+    assert killed.returncode == 0, "the third attempt has only two steps to go"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--config-value", "optim.lrr=3"], ['optim.lrr: unknown key; did you mean "lr"?']),
+        (["--config-value", "optim.num_steps=many"], ["optim.num_steps: input should be a valid integer"]),
+        (
+            ["--config-value", "method.group_size=1", "--config-value", "rollout.prompts_per_step=63"],
+            ["method.group_size: input should be greater than or equal to 2", "63 is not divisible by parallel.data"],
+        ),
+        (["--config", "nowhere.yaml"], ["--config nowhere.yaml: no such file"]),
+    ],
+)
+def test_a_wrong_config_is_refused_before_any_step(tmp_path: Path, arguments: list[str], messages: list[str]):
+    refused = flow(tmp_path, *arguments, "run")
+    text = refused.stdout + refused.stderr
+    assert refused.returncode != 0
+    assert all(message in text for message in messages), text
+    assert "Traceback" not in text and "Task is starting" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.prompts": "/nowhere/prompts.jsonl"}, "data.prompts: /nowhere/prompts.jsonl does not exist"),
+        ({"reward.function": "small_task:rewrad"}, "has no 'rewrad'"),
+        ({"rollout.generator": "no_such_package:Generator"}, "No module named 'no_such_package'"),
+        ({"data.prompts": "empty.jsonl"}, "empty.jsonl has no rows"),
+        ({"data.max_prompt_tokens": 5}, "row 0: the prompt has"),
+        ({"model.fresh": None, "model.path": "/nowhere/model"}, "model.path: /nowhere/model does not exist"),
+    ],
+)
+def test_a_wrong_input_is_refused_before_ray_with_one_message(tmp_path: Path, change: dict, message: str):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    refused = flow(tmp_path, *overrides(**change), "run")
+    text = refused.stdout + refused.stderr
+    assert refused.returncode != 0
+    assert message in text and "posttrain refused to run" in text
+    assert "Traceback" not in text and "warmup" not in text
+
+
+def test_two_runs_side_by_side_do_not_meet(tmp_path: Path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    small = overrides(**{"optim.num_steps": 2, "warmup.num_steps": 2})
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: flow(tmp_path, *small, "run"), range(2)))
+    assert [done.returncode for done in both] == [0, 0], both[0].stdout[-2000:] + both[1].stdout[-2000:]
+    assert len(list((tmp_path / "runs" / "GRPOFlow").iterdir())) == 2

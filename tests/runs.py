@@ -1,0 +1,80 @@
+"""Small real runs for tests: the default config shrunk until a step takes a fraction of a second."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import RunConfig
+from posttrain.config_file import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL: dict[str, Any] = {
+    "base": str(ROOT / "configs" / "grpo_tiny.yaml"),
+    "model.fresh": {"hidden_size": 32, "num_layers": 2, "mlp_size": 64},
+    "data.demonstrations": "small_task:demonstrations",
+    "data.prompts": "small_task:prompts",
+    "data.held_out": "small_task:held_out",
+    "reward.function": "small_task:reward",
+    "warmup.num_steps": 4,
+    "warmup.samples_per_step": 16,
+    "optim.num_steps": 6,
+    "rollout.prompts_per_step": 4,
+    "method.group_size": 4,
+    "eval.every_steps": 3,
+    "checkpoint.every_steps": 2,
+}
+
+
+def small_config(**overrides: Any) -> RunConfig:
+    """The small run with dotted overrides: small_config(**{"optim.lr": 0})."""
+    return load_config(json.dumps(SMALL | overrides))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run up to and including tokenisation."""
+
+    root: Path
+    model_uri: str
+    tokens_uri: str
+
+
+def prepared(root: Path, config: RunConfig) -> Prepared:
+    """Run prepare and tokenize in this process."""
+    from steps.prepare import prepare
+    from steps.tokenize import tokenize
+
+    made = prepare(config, root=str(root))
+    tokens = tokenize(config, root=str(root), data_uri=made["data"]["uri"], model_uri=made["model"]["uri"])
+    return Prepared(root=root, model_uri=made["model"]["uri"], tokens_uri=tokens["uri"])
+
+
+def run_step(step: str, config: RunConfig, folder: Path, *, fault: str | None = None, **inputs: Any):
+    """`python -m steps.<step>` in a process group of its own, as a scheduler would; returns the finished process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs_file = folder / f"{step}.json"
+    inputs_file.write_text(json.dumps({"config": config.model_dump(mode="json"), **inputs}))
+    env = {k: v for k, v in os.environ.items() if k != "POSTTRAIN_FAULT"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), env.get("PYTHONPATH", "")])
+    if fault:
+        env["POSTTRAIN_FAULT"] = fault
+    command = [sys.executable, "-m", f"steps.{step}", str(inputs_file)]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, start_new_session=True
+    )
+
+
+def result_of(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON that a step printed last."""
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return json.loads(process.stdout[process.stdout.index("\n{\n") :])
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a metrics file without its clock readings, which no two runs share."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]

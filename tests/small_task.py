@@ -1,0 +1,47 @@
+"""The built-in task with few rows, and rewards that fail in every way a reward can."""
+
+import os
+import time
+
+from posttrain.data import sort_digits
+from posttrain.data.types import Row
+
+
+def demonstrations(seed: int) -> list[Row]:
+    return sort_digits.demonstrations(seed, count=200)
+
+
+def prompts(seed: int) -> list[Row]:
+    return sort_digits.prompts(seed, count=40)
+
+
+def held_out(seed: int) -> list[Row]:
+    return sort_digits.held_out(seed, count=8)
+
+
+def reward(row: Row, completion: str) -> float:
+    """An arbitrary function of the text, so that even an untrained model's groups carry signal."""
+    return sum(completion.encode()) % 7 / 6
+
+
+def one_prompt_raises(row: Row, completion: str) -> float:
+    if row == prompts(0)[0]:
+        raise KeyError("no such field")
+    return reward(row, completion)
+
+
+def always_raises(row: Row, completion: str) -> float:
+    raise RuntimeError("the verifier is down")
+
+
+def hangs(row: Row, completion: str) -> float:
+    time.sleep(3600)
+    return 0.0
+
+
+def kills_its_process(row: Row, completion: str) -> float:
+    os._exit(3)
+
+
+def not_a_number(row: Row, completion: str) -> float:
+    return float("nan")

@@ -1,0 +1,40 @@
+"""A reward that fails is never a reward of zero: its group is dropped, counted, replaced, and the budget holds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.errors import RewardError
+from runs import prepared, small_config
+from steps.grpo import grpo
+
+
+def run(tmp_path: Path, function: str, **overrides: Any) -> dict[str, Any]:
+    config = small_config(**{"reward.function": f"small_task:{function}", "optim.num_steps": 2, **overrides})
+    base = prepared(tmp_path, config)
+    result = grpo(config, root=str(tmp_path), model_uri=base.model_uri, tokens_uri=base.tokens_uri)
+    assert result is not None
+    return result
+
+
+def test_one_failing_prompt_is_dropped_and_replaced(tmp_path: Path):
+    # 40 prompts, 10 steps of 4: every prompt is drawn once, so exactly one group fails.
+    result = run(tmp_path, "one_prompt_raises", **{"optim.num_steps": 9})
+    assert result["ledger"]["dropped"] == {"reward_error": 1}
+    assert result["ledger"]["trained"] == 9 * 4
+    assert result["ledger"]["drawn"] == 9 * 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("always_raises", "RuntimeError: the verifier is down"),
+        ("not_a_number", "reward is nan, not a finite number"),
+        pytest.param("hangs", r"score\(\) did not finish within 1 s", marks=pytest.mark.slow),
+        pytest.param("kills_its_process", r"reward 0 died during score\(\)", marks=pytest.mark.slow),
+    ],
+)
+def test_a_reward_that_keeps_failing_stops_the_run_past_its_budget(tmp_path: Path, function: str, message: str):
+    with pytest.raises(RewardError, match=rf"3 groups dropped .* reward.max_failures is 2; the last: .*{message}"):
+        run(tmp_path, function, **{"reward.max_failures": 2, "reward.timeout_s": 1})

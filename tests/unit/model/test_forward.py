@@ -1,0 +1,125 @@
+"""Chunked logprobs and the losses against plain float64 formulas."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain.data.batch import collate
+from posttrain.data.pack import pack
+from posttrain.data.sample import shift
+from posttrain.data.types import Batch
+from posttrain.model import forward as forward_module
+from posttrain.model.forward import ChunkedLogprobs, Output, forward
+from posttrain.model.load import load_decoder
+from posttrain.model.losses.grpo import GRPOLoss
+from posttrain.model.losses.sft import SFTLoss
+from tiny import tiny_model
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(1, 4), (7, 4), (8, 4), (9, 1024)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_logprobs_and_gradients_equal_the_plain_formula(monkeypatch, rows: int, chunk: int, temperature: float):
+    monkeypatch.setattr(forward_module, "CHUNK_ROWS", chunk)
+    torch.manual_seed(rows)
+    vocab, padded, d = 50, 64, 16
+    hidden = torch.randn(rows, d, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(padded, d, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, vocab, (rows,))
+    upstream = torch.randn(rows, dtype=torch.float64)
+
+    log_p = torch.log_softmax((hidden @ weight.T)[:, :vocab] / temperature, -1)
+    expected = log_p.gather(1, targets[:, None]).squeeze(1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
+
+    got, got_entropy = ChunkedLogprobs.apply(hidden, weight, targets, vocab, temperature)
+    grads = torch.autograd.grad((got * upstream).sum(), (hidden, weight))
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got_entropy.double(), entropy.detach(), atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert not grads[1][vocab:].any(), "rows that pad the vocabulary get no gradient"
+
+
+def batch_of(mask: Tensor, **columns: Tensor) -> Batch:
+    """A Batch whose loss positions are all there is; only what losses read matters."""
+    n = len(mask)
+    zeros = torch.zeros(n, dtype=torch.int64)
+    return Batch(
+        input_ids=zeros,
+        target_ids=zeros,
+        position_ids=zeros,
+        doc_id=zeros,
+        cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
+        loss_idx=torch.arange(n),
+        loss_mask=mask,
+        max_doc_len=n,
+        **columns,
+    )
+
+
+def test_sft_loss_is_the_weighted_negative_logprob():
+    logprobs = torch.tensor([-1.0, -2.0, -4.0])
+    loss, _ = SFTLoss()(Output(logprobs=logprobs, entropy=torch.zeros(3)), batch_of(torch.tensor([1.0, 0.5, 2.0])))
+    assert loss.item() == pytest.approx(1.0 * 1 + 0.5 * 2 + 2.0 * 4)
+
+
+def test_grpo_loss_and_gradient_equal_the_formula():
+    rng = np.random.default_rng(0)
+    logprobs = torch.tensor(rng.normal(-1, 0.5, 12), requires_grad=True)
+    sampler, ref = torch.tensor(rng.normal(-1, 0.5, 12)), torch.tensor(rng.normal(-1, 0.5, 12))
+    advantages, mask = torch.tensor(rng.normal(size=12)), torch.tensor(rng.choice([0.5, 1.0], 12))
+    loss_fn = GRPOLoss(temperature=1.0, importance_cap=1.2, kl_coef=0.3)
+    batch = batch_of(mask, sampler_logprobs=sampler, advantages=advantages, ref_logprobs=ref)
+    loss, metrics = loss_fn(Output(logprobs=logprobs, entropy=torch.ones(12)), batch)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+
+    lp = logprobs.detach().numpy()
+    weight = np.minimum(np.exp(lp - sampler.numpy()), 1.2)
+    gap = ref.numpy() - lp
+    kl = np.exp(gap) - gap - 1
+    expected = -(mask.numpy() * weight * advantages.numpy()).sum() + 0.3 * (mask.numpy() * kl).sum()
+    expected_gradient = mask.numpy() * (-weight * advantages.numpy() + 0.3 * (1 - np.exp(gap)))
+    assert loss.item() == pytest.approx(expected, abs=1e-9)
+    np.testing.assert_allclose(gradient.numpy(), expected_gradient, atol=1e-9)
+    assert metrics["kl"].item() == pytest.approx((mask.numpy() * kl).sum(), abs=1e-9)
+    assert metrics["importance_clipped"].item() == pytest.approx(
+        (mask.numpy() * (np.exp(lp - sampler.numpy()) > 1.2)).sum()
+    )
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_packing_and_accumulation_do_not_change_the_gradient(tmp_path, kind: str):
+    folder = tiny_model(tmp_path)
+    rng = np.random.default_rng(3)
+    units = []
+    for _ in range(24):
+        prompt, trained = int(rng.integers(2, 6)), int(rng.integers(2, 9))
+        ids = rng.integers(0, 200, prompt + trained).tolist()
+        columns = {}
+        if kind == "grpo":
+            columns = {
+                "sampler_logprobs": [0.0] * prompt + rng.normal(-5.3, 0.1, trained).tolist(),
+                "advantages": [0.0] * prompt + [float(rng.normal())] * trained,
+            }
+        units.append((shift(ids, [0.0] * prompt + [1.0] * trained, **columns),))
+    loss_fn = SFTLoss() if kind == "sft" else GRPOLoss(temperature=1.0)
+
+    def gradient(pack_tokens: int, alone: bool) -> Tensor:
+        model = load_decoder(folder)
+        packs = (
+            [p for u in units for p in pack([u], pack_tokens=pack_tokens)]
+            if alone
+            else pack(units, pack_tokens=pack_tokens)
+        )
+        denominator = sum(p.loss_tokens for p in packs)
+        for p in packs:
+            batch = collate(p, pack_tokens=pack_tokens)
+            loss, _ = loss_fn(forward(model, batch), batch)
+            (loss / denominator).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    one_by_one = gradient(16, alone=True)
+    for pack_tokens in (64, 256):
+        torch.testing.assert_close(gradient(pack_tokens, alone=False), one_by_one, atol=2e-6, rtol=1e-4)

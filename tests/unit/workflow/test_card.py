@@ -1,0 +1,252 @@
+"""What a card shows, without Metaflow running: chart specs, numbers, and text that must stay text."""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from posttrain.data.types import Prompt, Rollout
+from posttrain.workflow import charts, markup
+from posttrain.workflow.card import GRPO, SFT, VIEWS, all_charts, sample_table, status
+from posttrain.workflow.pages import answers, demonstrations, sets_table, verdict
+
+HOSTILE = "a | b `c` \r\n\n# head <b>x</b> <script>y</script> \"q\" 'p' &amp; \u202e \x00 [l](http://e) </div>"
+
+
+def grpo_rows(count: int) -> list[dict[str, float]]:
+    names = {line.metric for chart in GRPO.charts for line in chart.lines}
+    rows = [{"step": float(i), **{name: 0.5 + i / 1e6 for name in names}, "time/step_s": 2.0} for i in range(count)]
+    for row in rows:
+        row |= {"time/rollout_s": 0.5, "time/train_s": 1.0}
+        if int(row["step"]) % 10 != 9:
+            del row["eval/reward"]
+    return rows
+
+
+def axis_titles(spec: dict) -> set[str]:
+    return {name for name in ("x", "y") if spec["encoding"][name].get("title")}
+
+
+class Opened(HTMLParser):
+    """The tags and the text of a fragment."""
+
+    def __init__(self, fragment: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(fragment)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("method", list(VIEWS))
+def test_every_chart_is_plain_json_with_a_title_and_axis_titles(method):
+    view = VIEWS[method]
+    row = {line.metric: 0.25 for chart in view.charts for line in chart.lines}
+    rows = [{"step": float(step), "time/step_s": 1.0, **row} for step in range(30)]
+    specs = [charts.line_chart(chart, rows) for chart in view.charts] + [charts.time_chart(rows, view.phases)]
+    for spec in specs:
+        assert spec is not None
+        assert json.loads(json.dumps(spec, allow_nan=False)) == spec
+        assert spec["title"]["text"]
+        assert axis_titles(spec) == {"x", "y"}
+
+
+def test_bar_chart_is_plain_json_and_starts_at_zero():
+    spec = charts.bar_chart("Reward", "mean reward", {"before": {"greedy": -3.0}, "after": {"greedy": 12.5}})
+    assert json.loads(json.dumps(spec, allow_nan=False)) == spec
+    assert axis_titles(spec) == {"x", "y"}
+    assert spec["encoding"]["x"]["scale"]["zero"]
+
+
+@pytest.mark.parametrize("count", [1, 399, 400, 401, 12_345])
+def test_thinning_keeps_the_last_row_and_bounds_the_points(count):
+    found = charts.thinned([(step, 0.0) for step in range(count)])
+    assert found[0][0] == 0
+    assert found[-1][0] == count - 1
+    assert len(found) <= charts.MAX_POINTS + 1
+
+
+def test_a_long_run_makes_small_charts_of_every_line():
+    rows = grpo_rows(20_000)
+    for chart in GRPO.charts:
+        spec = charts.line_chart(chart, rows)
+        assert spec is not None
+        for layer in spec["layer"]:
+            assert len(layer["data"]["values"]) <= charts.MAX_POINTS + 1
+            assert layer["data"]["values"][-1]["step"] == 20_000
+    times = charts.time_chart(rows, GRPO.phases)
+    assert times is not None
+    assert len(times["data"]["values"]) <= charts.MAX_BARS * (len(GRPO.phases) + 1)
+
+
+def test_time_bars_add_up_to_the_whole_run():
+    rows = grpo_rows(1_003)
+    spec = charts.time_chart(rows, GRPO.phases)
+    assert spec is not None
+    total = sum(bar["seconds"] * (bar["to"] - bar["from"]) for bar in spec["data"]["values"])
+    assert total == pytest.approx(2.0 * 1_003)
+
+
+def test_metrics_that_are_missing_or_not_finite_leave_gaps():
+    reward = GRPO.charts[0]
+    rows = [{"step": 0.0}, {"step": 1.0, "reward/mean": float("nan")}, {"step": 2.0, "reward/mean": 0.5}]
+    spec = charts.line_chart(reward, rows)
+    assert spec is not None
+    assert [layer["data"]["values"] for layer in spec["layer"]] == [[{"step": 3, "value": 0.5}]]
+    assert charts.line_chart(reward, rows[:2]) is None
+    assert charts.time_chart(rows, GRPO.phases) is None
+    assert "nan" not in status(rows, GRPO.boxes, 3)
+
+
+def test_trailing_mean_is_of_the_steps_up_to_the_point():
+    rows = [{"step": float(i), "m": float(i)} for i in range(6)]
+    found = charts.points(charts.Line("m", "mean", mean_of=3), rows)
+    assert found == [(1, 0.0), (2, 0.5), (3, 1.0), (4, 2.0), (5, 3.0), (6, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([0.1, 0.8], {"domain": [0, 1]}),
+        ([0.0, 0.01], {"zero": True, "nice": True}),
+        ([-4.0, 0.8], {"zero": False, "nice": True}),
+        ([90.0, 95.0], {"zero": False, "nice": True}),
+    ],
+)
+def test_reward_axis_is_the_unit_interval_only_when_rewards_lie_there(values, scale):
+    assert charts.value_scale(values, "share") == scale
+
+
+def test_parts_of_the_reward_get_a_chart():
+    row = {"step": 0.0, "reward/mean": 1.0, "reward/group_std": 0.1, "reward/format": 0.5}
+    assert [line.label for line in all_charts(GRPO, [row])[-1].lines] == ["format"]
+    assert all_charts(SFT, [{"step": 0.0, "loss": 1.0}]) == list(SFT.charts)
+
+
+@pytest.mark.parametrize("one_line", [False, True])
+def test_hostile_text_stays_text(one_line):
+    preview = [{"token": HOSTILE, "trained": True}]
+    fragment = markup.tokens(preview) if one_line else markup.said(HOSTILE)
+    seen = Opened(fragment)
+    assert "\n" not in fragment and "\r" not in fragment
+    assert set(seen.tags) <= {"span", "br", "p", "div"}
+    for part in ("<b>x</b>", "<script>y</script>", "# head", "`c`", "|", "&amp;", "\\u202e", "\\x00", "\\r", "⏎"):
+        assert (part.replace(" ", "·") if one_line else part) in seen.text
+
+
+def test_titles_facts_names_and_cells_are_escaped():
+    fragment = markup.block(
+        markup.page("<i>t</i>", ["<i>f</i>\n\n# g"]),
+        markup.boxes([("<i>", "<i>", "<i>")]),
+        markup.heading("<i>", "<i>"),
+        markup.progress(1, 2, "<i>"),
+        markup.table(["<i>"], [["<i>"]]),
+        markup.lines(["<i>"]),
+    )
+    assert "i" not in Opened(fragment).tags
+    assert "\n" not in fragment
+
+
+def test_long_text_shows_its_beginning_and_its_end():
+    text = "begin " + "x" * 5_000 + " end"
+    seen = Opened(markup.said(text)).text
+    assert seen.startswith("begin ") and seen.endswith(" end")
+    assert "4,610 characters" in seen
+    assert len(seen) < 500
+
+
+def test_long_preview_shows_where_training_starts():
+    preview = [{"token": "r", "trained": False}] * 2_000 + [{"token": "T", "trained": True}] * 3_000
+    fragment = markup.tokens(preview, limit=100)
+    assert 'masked">r' in fragment and 'trained">T' in fragment
+    assert "1,975 tokens before" in fragment and "2,925 tokens after" in fragment
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"),
+        (-1.0, "-1"),
+        (0.7834, "0.783"),
+        (6.912, "6.91"),
+        (123.45, "123.5"),
+        (12436.3, "12,436"),
+        (2.764e-7, "2.76e-07"),
+        (5e12, "5.00e+12"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_numbers_show_the_digits_that_matter(value, shown):
+    assert markup.number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(8.51, "8.5 s"), (59.4, "59 s"), (245, "4 min 05 s"), (12_000, "3 h 20 min")]
+)
+def test_durations_are_for_people(seconds, shown):
+    assert markup.duration(seconds) == shown
+
+
+def test_status_shows_the_latest_and_the_first_value_and_no_empty_boxes():
+    rows = grpo_rows(12)
+    rows[-1]["reward/mean"] = 0.75
+    seen = Opened(status(rows, GRPO.boxes, 40)).text
+    assert "Step 12 of 40" in seen and "56 s left" in seen
+    assert "Training reward0.7500.500 at step 1" in seen
+    assert "Held-out reward" in seen
+    assert "Held-out reward" not in Opened(status(rows[:5], GRPO.boxes, 40)).text
+    assert "finished" in Opened(status(rows, GRPO.boxes, 12)).text
+
+
+def test_samples_are_the_best_and_the_worst_of_a_group():
+    def rollout(text: str, reward: float | None, **parts: float) -> Rollout:
+        prompt = Prompt(uid=0, token_ids=(1,), row={"messages": [{"role": "user", "content": "2 < 3?"}]})
+        kept = {"token_ids": (1, 2), "logprobs": (), "versions": (), "finish_reason": "stop"}
+        return Rollout(prompt=prompt, sample_index=0, text=text, reward=reward, parts=parts, **kept)
+
+    mixed = [rollout("middle", 0.5), rollout("top", 1.0, form=0.25), rollout("low", -1.0), rollout("unscored", None)]
+    alike = [rollout("same", 1.0), rollout("same", 1.0)]
+    fragment = sample_table(6, [mixed, alike, [rollout("unscored", None)]])
+    rows = [[Opened(cell).text for cell in re.findall("<td.*?</td>", row)] for row in fragment.split("<tr>")[2:]]
+    assert "Rollouts of step 7" in fragment
+    assert rows == [
+        ["2 < 3?", "best", "top", "1", "2", "stop token", "form 0.250"],
+        ["", "worst", "low", "-1", "2", "stop token", ""],
+        ["2 < 3?", "all 2 alike", "same", "1", "2", "stop token", ""],
+    ]
+
+
+def test_pages_show_plain_artifacts_of_the_steps():
+    quantiles = {"p0": 3, "p50": 4, "p90": 5, "p99": 6, "p100": 7}
+    demos = {"samples": 2, "tokens": 10, "loss_tokens": 5, "length_quantiles": quantiles}
+    demos |= {"pack_tokens": 16, "predicted_fill": 0.625}
+    stats = {"prompts": {"held_out": {"prompts": 2, "tokens": 8, "longest": 4}}, "demonstrations": demos}
+    data = {
+        "rows": {"demonstrations": 2, "held_out": 2},
+        "sha256": {f"{n}.parquet": "ab" * 32 for n in stats["prompts"]},
+    }
+    data["sha256"]["demonstrations.parquet"] = "cd" * 32
+    assert "62.5%" in demonstrations(demos, [{"token": "x", "trained": True}])
+    assert "abababababababab" in sets_table(stats, data)
+    assert "held out" in sets_table(stats | {"demonstrations": None}, data)
+
+
+def test_answers_of_all_models_stand_beside_each_other():
+    def found(completion: str, reward: float) -> dict:
+        numbers = {"greedy_reward": reward, "sampled_reward": reward, "best_reward": 1.0, "mean_tokens": 3.5}
+        examples = [{"prompt": "<p>", "completion": completion, "reward": reward}]
+        return {"rows": 1, "samples": 4, "examples": examples, **numbers}
+
+    evaluation = {"before": found("<b>no</b>", 0.25), "after": found("yes", 0.75)}
+    seen = Opened(answers(evaluation))
+    assert "b" not in seen.tags
+    assert html.unescape("&lt;p&gt;<b>no</b>0.250yes0.750") in seen.text
+    assert "before 0.250, change +0.500" in Opened(verdict(evaluation)).text
+    assert "change" not in Opened(verdict({"after": found("yes", 0.75)})).text
