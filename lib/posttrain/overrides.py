@@ -54,7 +54,7 @@ def _sorted_words(arguments: list[str]) -> tuple[list[str], list[str], dict[str,
     files: list[str] = []
     overrides: dict[str, Any] = {}
     rest: list[str] = []
-    words = list(arguments)
+    words = [part for word in arguments for part in _split_equals(word)]
     while words:
         word = words.pop(0)
         if word not in ("--config", "--config-value"):
@@ -74,6 +74,12 @@ def _sorted_words(arguments: list[str]) -> tuple[list[str], list[str], dict[str,
             except yaml.YAMLError as error:
                 raise ConfigError(f"{word} {value}: not YAML: {error}") from None
     return native, files, overrides, rest
+
+
+def _split_equals(word: str) -> list[str]:
+    """`--config=FILE` is `--config FILE`."""
+    option, equals, value = word.partition("=")
+    return [option, value] if equals and option in ("--config", "--config-value") else [word]
 
 
 def _take(words: list[str], option: str) -> str:

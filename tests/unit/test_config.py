@@ -1,0 +1,218 @@
+"""A run config is right, or refused in one message that names every problem, its path and its fix."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from posttrain.config import RunConfig
+from posttrain.config_file import load_config
+from posttrain.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "grpo_tiny.yaml"
+
+
+def load(changes):
+    """The tiny config with changes on top, as a person would write them."""
+    return load_config(yaml.safe_dump({"base": str(TINY), **changes}))
+
+
+def refusal(changes):
+    """Lines of the one error."""
+    with pytest.raises(ConfigError) as error:
+        load(changes)
+    return str(error.value).splitlines()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_file_in_configs_parses(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert isinstance(load_config(path.read_text()), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"optim.weight_decy": 0.1}, 'optim.weight_decy: unknown key; did you mean "weight_decay"?'),
+        ({"optm": {"lr": 1}}, 'optm: unknown key; did you mean "optim"?'),
+        ({"model.fresh.num_layer": 2}, 'model.fresh.num_layer: unknown key; did you mean "num_layers"?'),
+        ({"reward.xyzzy": 2}, "reward.xyzzy: unknown key; known keys: function, timeout_s, max_failures"),
+        ({"model.path": "folder"}, "model: set exactly one of path and fresh"),
+        ({"model": {"fresh": None}}, "model: set exactly one of path and fresh"),
+        ({"data.prompts": None}, "data.prompts: input should be a valid string (got null)"),
+        ({"reward.function": "pkg.module"}, 'reward.function: write it as package.module:name (got "pkg.module")'),
+        ({"warmup.num_steps": 1, "data.demonstrations": None}, "warmup needs data.demonstrations; name a source"),
+        ({"optim.warmup_steps": 9, "optim.num_steps": 9, "optim.schedule": "linear"}, "leaves none of optim.num_steps"),
+        ({"rollout.prompts_per_step": 63}, "rollout.prompts_per_step = 63 is not divisible by parallel.data = 2"),
+        ({"data.pack_tokens": 63}, "data.max_prompt_tokens + rollout.max_new_tokens = 64 exceeds data.pack_tokens"),
+        ({"rollout.max_new_tokens": 81}, "rollout.max_new_tokens = 129 exceeds model.fresh.max_length = 128"),
+        ({"parallel.gpus_per_node": 1}, "parallel.data = 2 ranks need as many GPUs; the run asks for 1"),
+        ({"parallel.backend": "kubernetes"}, "set checkpoint.root to an s3:// prefix that all can reach"),
+        ({"parallel.backend": "kubernetes", "checkpoint.root": "/disk"}, "set checkpoint.root to an s3:// prefix"),
+        ({"parallel.backend": "batch", "checkpoint.root": "s3://b"}, "parallel.backend = batch needs parallel.queue"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_the_fix(changes, line):
+    (found,) = refusal(changes)
+    assert line in found
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("optim.lr", "fast"),
+        ("optim.lr", float("nan")),
+        ("seed", -1),
+        ("method.group_size", 1),
+        ("method.name", "ppo"),
+        ("parallel.backend", "slurm"),
+        ("checkpoint.keep", 0),
+        ("optim.num_steps", 1.5),
+        ("data", None),
+        ("eval", [1]),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_path_and_shown(path, value):
+    (line,) = refusal({path: value})
+    assert line.startswith(f"{path}: ")
+    assert "(got " in line
+
+
+def test_a_wrong_generator_is_named_by_the_key_a_person_wrote():
+    lines = refusal({"rollout.generator": "vllm"})
+    assert lines and all(line.startswith("rollout.generator: ") for line in lines)
+    assert any("package.module:name" in line for line in lines)
+
+
+def test_values_at_their_bounds_are_accepted():
+    changes = {"method.group_size": 2, "optim.lr": 0, "data.pack_tokens": 64, "rollout.prompts_per_step": 2}
+    config = load({**changes, "rollout.generator": "package.module:Generator"})
+    assert (config.method.group_size, config.optim.lr, config.data.pack_tokens) == (2, 0, 64)
+
+
+def test_every_problem_is_reported_at_once():
+    lines = refusal(
+        {
+            "optim.weight_decy": 0.1,
+            "seed": "x",
+            "method.group_size": 1,
+            "reward.function": "bad",
+            "rollout.prompts_per_step": 63,
+            "parallel.backend": "kubernetes",
+        }
+    )
+    starts = ["seed:", "method.group_size:", "optim.weight_decy:", "reward.function:", "rollout.prompts_per_step ="]
+    for start in [*starts, "parallel.backend ="]:
+        assert sum(line.startswith(start) for line in lines) == 1
+    assert len(lines) == 6
+
+
+def test_a_broken_section_does_not_hide_an_impossible_combination():
+    for broken in ({"model.path": "folder"}, {"model.fresh.num_heads": 3}, {"reward": 1}, {"rollout.generator": "x"}):
+        lines = refusal({**broken, "rollout.prompts_per_step": 63})
+        assert any(line.startswith("rollout.prompts_per_step = 63 is not divisible") for line in lines), broken
+
+
+def test_no_line_is_said_twice():
+    lines = refusal({"rollout.max_new_tokens": 2000})
+    assert len(lines) == len(set(lines)) == 2
+
+
+def test_a_missing_section_is_named():
+    with pytest.raises(ConfigError) as error:
+        load_config("model: {path: folder}")
+    assert str(error.value).splitlines() == ["data: required, and not set", "reward: required, and not set"]
+
+
+def test_a_dotted_key_changes_one_value_and_keeps_its_neighbours():
+    config, plain = load({"warmup.lr": 0.5}), load({})
+    assert plain.warmup.num_steps == 120  # the file's own, not the default: it must survive
+    assert config == plain.model_copy(update={"warmup": plain.warmup.model_copy(update={"lr": 0.5})})
+
+
+def test_a_section_is_merged_into_the_section_of_its_base():
+    assert load({"warmup": {"lr": 0.5}}) == load({"warmup.lr": 0.5})
+    assert load({"model": {"fresh": {"num_layers": 2}}}) == load({"model.fresh.num_layers": 2})
+
+
+def test_null_removes_what_the_base_set():
+    assert load({"warmup": None}).warmup is None
+
+
+def test_a_number_in_scientific_notation_without_a_point_is_a_number():
+    config = load_config(f"base: {TINY}\noptim.lr: 1e-4\n")
+    assert config.optim.lr == 1e-4
+
+
+def test_a_dotted_key_below_a_value_is_refused():
+    assert refusal({"optim.lr.x": 3}) == ["config: optim.lr.x: lr is a value, not a section"]
+
+
+def test_a_base_may_have_a_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("middle.yaml").write_text(f"base: {TINY}\nseed: 5\noptim.lr: 0.25\n")
+    config = load_config("base: middle.yaml\nseed: 6\n")
+    assert (config.seed, config.optim.lr) == (6, 0.25)
+
+
+def test_bases_in_a_circle_are_refused(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"base: {two}\n")
+    two.write_text(f"base: {one}\n")
+    with pytest.raises(ConfigError, match="includes itself"):
+        load_config(f"base: {one}")
+
+
+def test_a_missing_base_is_named_with_the_place_that_was_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        load_config("base: nowhere.yaml")
+    assert str(error.value) == f"config: base nowhere.yaml does not exist (looked for {tmp_path / 'nowhere.yaml'})"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: [", "config is not YAML: "),
+        ("- seed", "config must be a YAML mapping of sections, got list"),
+        ("", "config must be a YAML mapping of sections, got NoneType"),
+    ],
+)
+def test_what_is_not_a_yaml_mapping_is_refused(text, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(text)
+    assert str(error.value).startswith(message)
+
+
+def test_a_broken_base_is_named(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("optim: [")
+    with pytest.raises(ConfigError) as error:
+        load_config(f"base: {base}")
+    assert str(error.value).startswith(f"{base} is not YAML: ")
+
+
+def test_a_config_survives_the_trip_through_plain_data():
+    config = load({"optim.lr": 0.5})
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_there_are_fewer_than_sixty_keys():
+    def keys(section):
+        for field in section.model_fields.values():
+            options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            below = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+            yield from keys(below[0]) if below else [field]
+
+    assert 20 < len(list(keys(RunConfig))) < 60
+
+
+def test_reading_a_config_imports_nothing_heavy():
+    code = "import sys, posttrain.config_file, posttrain.overrides; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "posttrain.config" in loaded
+    assert not {"torch", "numpy", "transformers", "ray", "vllm", "pyarrow", "boto3", "metaflow"} & set(loaded)
