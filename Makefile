@@ -21,7 +21,7 @@ run: $(READY)  ## train the default GRPO task on this machine
 test: $(READY)  ## lint, types and the tests that take minutes together
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the tests that `make test` leaves out: more kills, more faults
@@ -30,7 +30,7 @@ test-slow: $(READY)  ## the tests that `make test` leaves out: more kills, more 
 lint: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(READY)  ## regenerate docs/config.md and docs/config.schema.json
 	$(BIN)/python docs/generate_config.py
