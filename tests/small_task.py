@@ -30,6 +30,12 @@ def one_prompt_raises(row: Row, completion: str) -> float:
     return reward(row, completion)
 
 
+def one_held_out_row_raises(row: Row, completion: str) -> float:
+    if row == held_out(0)[0]:
+        raise KeyError("no such field")
+    return reward(row, completion)
+
+
 def always_raises(row: Row, completion: str) -> float:
     raise RuntimeError("the verifier is down")
 

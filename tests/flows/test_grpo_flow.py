@@ -95,7 +95,7 @@ def test_cards_show_what_they_should(run):
     from metaflow.cards import get_cards
 
     shows = {
-        "tokenize": ["Demonstrations", "Prompts"],
+        "tokenize": ["Demonstrations", "sha256 of its file"],
         "warmup": ["Warm-up", "Loss"],
         "train": ["Training reward", "KL to the starting policy", "Where a step's time goes", "ended by"],
         "evaluate": ["held-out rows", "greedy"],

@@ -26,6 +26,12 @@ def test_one_failing_prompt_is_dropped_and_replaced(tmp_path: Path):
     assert result["ledger"]["drawn"] == 9 * 4 + 1
 
 
+def test_a_failing_held_out_row_is_left_out_of_the_evaluation_only(tmp_path: Path, capsys: pytest.CaptureFixture):
+    result = run(tmp_path, "one_held_out_row_raises")
+    assert result["ledger"]["dropped"] == {}
+    assert "dropped prompt 0: small_task:one_held_out_row_raises raised KeyError" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

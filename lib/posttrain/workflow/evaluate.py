@@ -5,6 +5,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from posttrain.errors import RewardError
+from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.rollouts import Group, Prompts, RolloutMaker
 
 EVAL_SEED = 7_919
@@ -20,7 +22,7 @@ class Evaluator:
             maker.rewards,
             decode=maker.decode,
             sampling=replace(maker.sampling, seed=EVAL_SEED),
-            max_reward_failures=0,
+            max_reward_failures=maker.max_reward_failures,
         )
         self.prompts = prompts.in_order()
 
@@ -34,6 +36,7 @@ class Evaluator:
         drawn = await self._groups(samples=samples, temperature=self.maker.sampling.temperature)
         return {
             "rows": len(drawn),
+            "failed_rows": len(self.prompts) - min(len(drawn), len(greedy)),
             "samples": samples,
             "greedy_reward": round(_mean_reward(greedy), 4),
             "sampled_reward": round(_mean_reward(drawn), 4),
@@ -43,8 +46,12 @@ class Evaluator:
         }
 
     async def _groups(self, *, samples: int, temperature: float) -> list[Group]:
+        """Scored groups of all held-out rows but those whose reward failed, within the run's budget."""
         groups = await self.maker.sample(self.prompts, samples=samples, temperature=temperature)
-        return [await self.maker.score(group) for group in groups]
+        scored = await self.maker.score(groups, Ledger())
+        if not scored:
+            raise RewardError(f"the reward failed on all {len(groups)} held-out rows")
+        return scored
 
 
 def last_user_text(row: dict[str, Any]) -> str:

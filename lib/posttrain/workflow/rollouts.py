@@ -97,17 +97,8 @@ class RolloutMaker:
         scored: list[Group] = []
         while len(scored) < groups:
             admitted = [prompts[ledger.draw()] for _ in range(groups - len(scored))]
-            for group in await self.sample(admitted, samples=group_size, temperature=self.sampling.temperature):
-                try:
-                    scored.append(await self.score(group))
-                except RewardError as error:
-                    failures = ledger.drop("reward_error")
-                    if failures > self.max_reward_failures:
-                        raise RewardError(
-                            f"{failures} groups dropped for a failed reward, reward.max_failures is "
-                            f"{self.max_reward_failures}; the last: {error}"
-                        ) from None
-                    print(f"dropped prompt {group[0].prompt.uid}: {error}", flush=True)
+            made = await self.sample(admitted, samples=group_size, temperature=self.sampling.temperature)
+            scored += await self.score(made, ledger)
         return scored
 
     async def sample(self, prompts: Sequence[Prompt], *, samples: int, temperature: float) -> list[Group]:
@@ -122,10 +113,28 @@ class RolloutMaker:
                 groups[prompt.uid] = [self._rollout(prompt, s, c) for s, c in enumerate(made)]
         return [groups[prompt.uid] for prompt in prompts]
 
-    async def score(self, group: Group) -> Group:
-        """The group with its rewards."""
-        scores = await self.rewards.score(group[0].prompt.row, [rollout.text for rollout in group])
-        return [replace(r, reward=reward, parts=parts) for r, (reward, parts) in zip(group, scores, strict=True)]
+    async def score(self, groups: Sequence[Group], ledger: Ledger) -> list[Group]:
+        """The groups with their rewards; one whose reward fails is left out and counted in `ledger`.
+
+        Raises:
+            RewardError: more groups failed than the budget allows; names the last cause.
+        """
+        scored: list[Group] = []
+        for group in groups:
+            prompt = group[0].prompt
+            try:
+                scores = await self.rewards.score(prompt.row, [rollout.text for rollout in group])
+            except RewardError as error:
+                failures = ledger.drop("reward_error")
+                if failures > self.max_reward_failures:
+                    raise RewardError(
+                        f"{failures} groups dropped for a failed reward, reward.max_failures is "
+                        f"{self.max_reward_failures}; the last: {error}"
+                    ) from None
+                print(f"dropped prompt {prompt.uid}: {error}", flush=True)
+                continue
+            scored.append([replace(r, reward=x, parts=parts) for r, (x, parts) in zip(group, scores, strict=True)])
+        return scored
 
     def _request(self, prompt: Prompt, sample: int, temperature: float) -> Request:
         return Request(
