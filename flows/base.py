@@ -102,12 +102,12 @@ class PostTrainFlow(FlowSpec):
     @step
     def warmup(self):
         """Supervised fine-tuning to a first skill; passes the model on when the config has no warm-up."""
-        from posttrain.workflow.card import TrainingCard
+        from posttrain.workflow.card import SFT, TrainingCard
         from steps.train import train
 
         plan = self.cfg.warmup
         facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.data} ranks", f"run {current.run_id}"]
-        cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, method="sft")] if plan else []
+        cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, view=SFT)] if plan else []
         uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
         self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
         self.nodes = "one" if self.cfg.parallel.nodes == 1 else "many"

@@ -10,7 +10,7 @@ class GRPOFlow(PostTrainFlow):
 
     def run_training(self):
         from posttrain.compute.cluster import Gang
-        from posttrain.workflow.card import TrainingCard
+        from posttrain.workflow.card import GRPO, TrainingCard
         from steps.grpo import grpo
 
         config, gang = self.cfg, Gang()
@@ -25,7 +25,7 @@ class GRPOFlow(PostTrainFlow):
             f"{config.parallel.data} policy ranks",
             f"run {current.run_id}",
         ]
-        card = TrainingCard("GRPO", facts, num_steps=config.optim.num_steps, method="grpo")
+        card = TrainingCard("GRPO", facts, num_steps=config.optim.num_steps, view=GRPO)
         uris = {"root": self.root, "model_uri": self.warmed_up["model_uri"], "tokens_uri": self.tokens["uri"]}
         return refusing(grpo, config, **uris, gang=gang, observers=[card])
 

@@ -15,6 +15,8 @@ class Hardware:
     """What each node offers Ray."""
     policy: dict[str, Any]
     generator: dict[str, Any]
+    ranks_on_one_node: int
+    """Policy ranks of a step that runs on a single node, whatever `parallel.nodes` is."""
 
 
 def hardware(parallel: Parallel) -> Hardware:
@@ -37,4 +39,5 @@ def hardware(parallel: Parallel) -> Hardware:
             "threads": max(1, cores // ranks_per_node),
         },
         generator={"num_cpus": 1, "num_gpus": 0 if not gpus else 1 if alone else 0.4, "threads": cores},
+        ranks_on_one_node=min(parallel.data, gpus or parallel.data),
     )

@@ -65,7 +65,7 @@ async def _train(config, root, model_uri, tokens_uri, observers, resources) -> d
         storage.join(root, "checkpoints", "warmup"), identity=identity, keep=config.checkpoint.keep
     )
     policy = await Policy.launch(
-        ranks=config.parallel.data,
+        ranks=resources.ranks_on_one_node,
         model_uri=model_uri,
         training=training,
         reference=False,

@@ -4,8 +4,10 @@ import base64
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,25 @@ def test_resume_from_a_step_keeps_what_came_before(finished: Path):
     again = flow(finished, "resume", "evaluate")
     assert again.returncode == 0, again.stdout[-3000:]
     assert "grpo 6/6" not in again.stdout and "exported model: " in again.stdout
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_of_the_process_group_then_resume(tmp_path: Path):
+    command = [sys.executable, FLOW, *overrides(**{"optim.num_steps": 40}), "run"]
+    env = os.environ | {"METAFLOW_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "tests")}
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 240
+        while "grpo  5/40" not in (tmp_path / "log").read_text():
+            assert running.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
+            time.sleep(0.2)  # polls the log of a process that has no other channel; no outcome depends on it
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    resumed = flow(tmp_path, "resume")
+    assert resumed.returncode == 0, resumed.stdout[-3000:]
+    (continued,) = re.findall(r"continuing after step (\d+) of 40", resumed.stdout)
+    assert int(continued) >= 4, "the checkpoint of step 4 was committed before step 5 was printed"
+    assert "exported model: " in resumed.stdout
 
 
 @pytest.mark.slow

@@ -30,7 +30,13 @@ class Found:
     """Plain values: data cursor, ledger, weight version, metrics so far."""
 
     def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.folder / TENSORS)
+        """Parameters and optimizer state by name."""
+        return read_tensors(self.folder)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Parameters and optimizer state of a checkpoint's local, verified folder."""
+    return load_file(folder / TENSORS)
 
 
 class Checkpoints:

@@ -78,7 +78,14 @@ GRPO = View(
         Chart("Gradient norm", "before clipping", (Line("policy/grad_norm", "norm"),)),
         Chart("Trainer against sampler", "mean |Δ logprob|, nats", (Line("policy/mismatch_abs", "mismatch"),)),
     ),
-    phases={"rollout": GREEN, "train": charts.BLUE, "sync": PURPLE, "eval": ORANGE},
+    phases={
+        "generate": GREEN,
+        "reward": charts.YELLOW,
+        "train": charts.BLUE,
+        "sync": PURPLE,
+        "eval": ORANGE,
+        "checkpoint": charts.RED,
+    },
 )
 SFT = View(
     boxes={
@@ -96,7 +103,6 @@ SFT = View(
     ),
     phases={"forward_backward": charts.BLUE, "optimizer": GREEN},
 )
-VIEWS = {"grpo": GRPO, "sft": SFT}
 REWARD_STATS = {"reward/mean", "reward/group_std", "reward/groups_without_signal"}
 
 
@@ -106,8 +112,8 @@ class TrainingCard:
     Charts appear with their first value.
     """
 
-    def __init__(self, title: str, facts: Sequence[str], *, num_steps: int, method: str, card_id: str = "training"):
-        self.card, self.view, self.num_steps = open_card(card_id), VIEWS[method], num_steps
+    def __init__(self, title: str, facts: Sequence[str], *, num_steps: int, view: View, card_id: str = "training"):
+        self.card, self.view, self.num_steps = open_card(card_id), view, num_steps
         self.rows: list[Metrics] = []
         self.charts: dict[str, VegaChart] = {}
         self.drawn_at = 0.0

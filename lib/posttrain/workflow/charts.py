@@ -17,6 +17,7 @@ Scale = Literal["zero", "data", "share"]
 """What a value axis shows: from zero, only where the data are, or all of [0, 1] if they lie there."""
 
 BLUE, ORANGE, GREEN, PURPLE, GREY, PALE = "#2f6fde", "#e8762c", "#2f9e6e", "#9a55b8", "#a3abb6", "#9dbcf3"
+YELLOW, RED = "#d9a400", "#c9414b"
 COLOURS = [BLUE, ORANGE, GREEN, PURPLE, GREY]
 """Training is blue and held-out rows are orange on every card."""
 MAX_POINTS = 400

@@ -5,8 +5,6 @@ step before produced, takes one optimizer step on them, and sends the new weight
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
@@ -19,6 +17,7 @@ from posttrain.data.rollout import group_units
 from posttrain.data.types import Unit
 from posttrain.errors import SyncError
 from posttrain.model.losses import Loss
+from posttrain.workflow.clock import Clock
 from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.observers import Metrics, Observers
@@ -38,25 +37,6 @@ class Plan:
     eval_every: int
     checkpoint_every: int | None
     checkpoint_seconds: float
-
-
-class Clock:
-    """Seconds of each named phase of one step."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self.started = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + time.perf_counter() - start
-
-    def metrics(self) -> Metrics:
-        return self.seconds | {"time/step_s": time.perf_counter() - self.started}
 
 
 class Controller:
@@ -93,16 +73,15 @@ class Controller:
         """
         first = await self._restore()
         await self._sync()
+        clock = Clock()
         for step in range(first, self.plan.num_steps):
-            clock = Clock()
             measured: Metrics = {}
             if step % self.plan.eval_every == 0:
                 with clock.phase("eval"):
                     measured["eval/reward"] = await self.evaluator.quick()
-            with clock.phase("rollout"):
-                groups = await self.maker.collect(
-                    prompts, self.ledger, groups=self.plan.prompts_per_step, group_size=self.plan.group_size
-                )
+            groups = await self.maker.collect(
+                prompts, self.ledger, clock, groups=self.plan.prompts_per_step, group_size=self.plan.group_size
+            )
             with clock.phase("train"):
                 metrics = await self._train(step, groups)
             with clock.phase("sync"):
@@ -114,7 +93,9 @@ class Controller:
             metrics |= measured | clock.metrics()
             self.observers.step({"step": step, **metrics})
             self.observers.rollouts(step, groups)
-            await self._save_if_due(step + 1)
+            clock = Clock()  # a commit counts to the step that has to wait for it
+            with clock.phase("checkpoint"):
+                await self._save_if_due(step + 1)
 
     async def _train(self, step: int, groups: list[Group]) -> Metrics:
         units: list[Unit] = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain import storage
-from posttrain.compute.checkpoint import Checkpoints, Found
+from posttrain.compute.checkpoint import Checkpoints, read_tensors
 from posttrain.compute.collective import MeetingPoint, Ranks
 from posttrain.compute.engine import Engine
 from posttrain.compute.weight_sync import digest
@@ -117,8 +117,7 @@ class PolicyRank:
 
     def restore(self, uri: str) -> None:
         """Load a checkpoint; every rank reads and verifies it for itself."""
-        folder = storage.fetch(uri)
-        self.engine.load_state(Found(step=0, uri=uri, folder=folder, state={}).tensors())
+        self.engine.load_state(read_tensors(storage.fetch(uri)))
 
     def export(self, uri: str) -> str:
         """Publish the weights as a Hugging Face folder (rank 0 only)."""

@@ -10,6 +10,7 @@ from posttrain.data.reward import RewardWorker
 from posttrain.data.rollout import request_seed
 from posttrain.data.types import Prompt, Rollout, Row
 from posttrain.errors import ComputeError, RewardError
+from posttrain.workflow.clock import Clock
 from posttrain.workflow.ledger import Ledger
 
 Group = list[Rollout]
@@ -88,8 +89,10 @@ class RolloutMaker:
         self.generators, self.rewards, self.decode = generators, rewards, decode
         self.sampling, self.max_reward_failures = sampling, max_reward_failures
 
-    async def collect(self, prompts: Prompts, ledger: Ledger, *, groups: int, group_size: int) -> list[Group]:
-        """`groups` scored groups, in draw order.
+    async def collect(
+        self, prompts: Prompts, ledger: Ledger, clock: Clock, *, groups: int, group_size: int
+    ) -> list[Group]:
+        """`groups` scored groups, in draw order; seconds go to the phases "generate" and "reward".
 
         Raises:
             RewardError: more groups failed than the budget allows; names the last cause.
@@ -97,8 +100,10 @@ class RolloutMaker:
         scored: list[Group] = []
         while len(scored) < groups:
             admitted = [prompts[ledger.draw()] for _ in range(groups - len(scored))]
-            made = await self.sample(admitted, samples=group_size, temperature=self.sampling.temperature)
-            scored += await self.score(made, ledger)
+            with clock.phase("generate"):
+                made = await self.sample(admitted, samples=group_size, temperature=self.sampling.temperature)
+            with clock.phase("reward"):
+                scored += await self.score(made, ledger)
         return scored
 
     async def sample(self, prompts: Sequence[Prompt], *, samples: int, temperature: float) -> list[Group]:
