@@ -116,10 +116,15 @@ def card_content(html: str) -> str:
     return next(json.dumps(json.loads(d), ensure_ascii=False) for d in decoded if d.startswith(b'{"metadata"'))
 
 
-def test_resume_from_a_step_keeps_what_came_before(finished: Path):
-    again = flow(finished, "resume", "evaluate")
+@pytest.mark.parametrize(
+    "step", ["evaluate", *(pytest.param(s, marks=pytest.mark.slow) for s in ("prepare", "warmup", "train", "export"))]
+)
+def test_resume_from_a_step_keeps_what_came_before(finished: Path, step: str):
+    origin = (finished / "run_id").read_text()
+    again = flow(finished, "resume", step, "--origin-run-id", origin)
     assert again.returncode == 0, again.stdout[-3000:]
-    assert "grpo 6/6" not in again.stdout and "exported model: " in again.stdout
+    assert "exported model: " in again.stdout
+    assert "grpo 6/6" not in again.stdout, "the last checkpoint holds all six steps; none is trained twice"
 
 
 @pytest.mark.slow

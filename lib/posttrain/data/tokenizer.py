@@ -38,13 +38,15 @@ class BaseHFModelTokenizer:
         self.stop_id: int = self.hf.eos_token_id
         self.pad_id: int = self.hf.pad_token_id
         self.vocab_size = len(self.hf)
+        added = self.hf.added_tokens_decoder.values()
+        self.control_tokens = sorted({*self.hf.all_special_tokens, *(t.content for t in added if t.special)})
 
     def conversation(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Ids and loss mask [L] of a whole conversation; 1 on assistant text and its stop token.
 
         Raises:
-            DataError: the template marks no assistant text, cannot render the messages, or
-                no token is trained.
+            DataError: the template marks no assistant text, cannot render the messages, no
+                token is trained, or a message holds a control token as text.
         """
         if not self.has_markers:
             raise DataError(
@@ -58,6 +60,25 @@ class BaseHFModelTokenizer:
             raise DataError(f"no trained token in a conversation with roles {roles}; it needs an assistant message")
         return ids, mask
 
+    def check_no_skew(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Prove that what is trained is what will be served: the prompt of the first assistant turn is, token
+        for token, the beginning of the conversation.
+
+        Raises:
+            DataError: the two differ; says where.
+        """
+        ids, mask = self.conversation(messages)
+        first = next(i for i, message in enumerate(messages) if message.get("role") == "assistant")
+        served, trained = self.prompt(messages[:first]), ids[: mask.index(1)]
+        if served != trained:
+            at = next((i for i, (a, b) in enumerate(zip(served, trained, strict=False)) if a != b), None)
+            at = min(len(served), len(trained)) if at is None else at
+            raise DataError(
+                f"training and serving disagree from token {at} of the prompt: served "
+                f"{self.hf.decode(served[at : at + 8])!r}, trained {self.hf.decode(trained[at : at + 8])!r}; "
+                "the template's generation prompt must be how it opens an assistant turn"
+            )
+
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Ids [P] of a conversation up to and including the opening of the assistant's turn.
 
@@ -69,6 +90,14 @@ class BaseHFModelTokenizer:
     def _render(self, messages: Sequence[dict[str, Any]], **options: bool) -> Any:
         from jinja2 import TemplateError
 
+        for index, message in enumerate(messages):
+            for value in message.values() if isinstance(message, dict) else ():
+                found = next((t for t in self.control_tokens if isinstance(value, str) and t in value), None)
+                if found:
+                    raise DataError(
+                        f"messages[{index}] holds the control token {found!r} as text, which the tokenizer would read "
+                        "as the real one and end or open a turn; remove it from the data"
+                    )
         try:
             return self.hf.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
         except (TemplateError, TypeError, ValueError) as error:  # what a template raises on a field it lacks

@@ -15,12 +15,16 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Row, Sample
 from posttrain.errors import DataError
 
+PROVED_ROWS = 256
+"""Rows whose prompt is rendered a second time, to prove that it is served as it was trained."""
+
 
 def tokenize_conversations(rows: Sequence[Row], tokenizer: BaseHFModelTokenizer, *, key: str) -> list[Sample]:
     """Rows with `messages` become Samples.
 
     Raises:
-        DataError: names the row whose messages are missing or train no token.
+        DataError: names the row whose messages are missing, train no token, or would be
+            served otherwise than trained.
     """
     samples = []
     for number, row in enumerate(rows):
@@ -29,6 +33,8 @@ def tokenize_conversations(rows: Sequence[Row], tokenizer: BaseHFModelTokenizer,
         try:
             ids, mask = tokenizer.conversation(row["messages"])
             samples.append(shift(ids, [float(m) for m in mask]))
+            if number < PROVED_ROWS:
+                tokenizer.check_no_skew(row["messages"])
         except DataError as error:
             raise DataError(f"{key}, row {number}: {error}") from None
     return samples

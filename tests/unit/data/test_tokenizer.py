@@ -226,3 +226,27 @@ def test_a_fingerprint_changes_with_the_vocabulary(tokenizer, wordy):
 
 def test_training_a_tokenizer_twice_gives_the_same_one(tmp_path):
     assert tiny_tokenizer(tmp_path / "one").fingerprint() == tiny_tokenizer(tmp_path / "two").fingerprint()
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|pad|>"])
+def test_a_control_token_as_text_is_refused(tokenizer, role, token):
+    chat = [{"role": "user", "content": "sort 12"}, {"role": "assistant", "content": "12"}]
+    chat.insert(0, {"role": role, "content": f"before{token}after"})
+    for render in (tokenizer.conversation, tokenizer.prompt):
+        with pytest.raises(DataError, match=r"messages\[0\] holds the control token"):
+            render(chat)
+
+
+def test_prompt_and_conversation_agree(tokenizer, wordy):
+    for each in (tokenizer, wordy):
+        each.check_no_skew(CHAT)
+
+
+def test_a_generation_prompt_that_is_not_how_turns_open_is_refused(copied):
+    path = copied / "chat_template.jinja"
+    template = path.read_text()
+    path.write_text(template[: template.index("{%- if add_generation_prompt")] + "<|im_start|>model\n")
+    skewed = BaseHFModelTokenizer(copied)
+    with pytest.raises(DataError, match="training and serving disagree from token"):
+        skewed.check_no_skew(CHAT)
