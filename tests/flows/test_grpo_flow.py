@@ -128,6 +128,16 @@ def test_resume_from_a_step_keeps_what_came_before(finished: Path, step: str):
 
 
 @pytest.mark.slow
+def test_all_files_of_a_run_may_live_on_s3(tmp_path: Path, s3_bucket: str):
+    changes = {"checkpoint.root": f"{s3_bucket}/runs", "optim.num_steps": 4}
+    first = flow(tmp_path, *overrides(**changes), "run", POSTTRAIN_FAULT="controller.before_train@3")
+    assert first.returncode == 0, first.stdout[-4000:]  # the second attempt continues from step 2
+    assert "continuing after step 2 of 4" in first.stdout
+    assert f"exported model: {s3_bucket}/runs/GRPOFlow/" in first.stdout.replace("\n", "")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
 def test_kill_minus_nine_of_the_process_group_then_resume(tmp_path: Path):
     command = [sys.executable, FLOW, *overrides(**{"optim.num_steps": 40}), "run"]
     env = os.environ | {"METAFLOW_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "tests")}

@@ -4,6 +4,7 @@ Synchronous on-policy training: every step samples its groups with the weights t
 step before produced, takes one optimizer step on them, and sends the new weights back.
 """
 
+import asyncio
 import time
 from dataclasses import dataclass
 from statistics import fmean, pstdev
@@ -117,9 +118,10 @@ class Controller:
         timeout_s = self.policy.timeout_s
         dtype = (await self.generators.call("weight_dtype", timeout_s=timeout_s))[0]
         weights = self.policy.group.start(0, "weights", dtype)
-        sent = self.policy.group.call_one(0, "weights_digest", dtype, timeout_s=timeout_s)
-        held = await self.generators.call("sync", self.version, weights, timeout_s=timeout_s)
-        expected = await sent
+        expected, held = await asyncio.gather(
+            self.policy.group.call_one(0, "weights_digest", dtype, timeout_s=timeout_s),
+            self.generators.call("sync", self.version, weights, timeout_s=timeout_s),
+        )
         for rank, got in enumerate(held):
             if got != expected:
                 raise SyncError(

@@ -52,8 +52,6 @@ class PolicyRank:
         self.rank, self.world_size = rank, world_size
         self.model_uri, self.training, self.has_reference = model_uri, training, reference
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(max(1, torch.get_num_threads()))
 
     def address(self) -> str:
         """host:port on this rank's machine where rank 0 waits for the others."""
