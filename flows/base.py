@@ -201,6 +201,7 @@ def main(flow: type[FlowSpec]) -> None:
     """Run a flow from the command line; see posttrain.overrides for --config and --config-value."""
     if get_username() is None:  # root, or a container without a user name: Metaflow would refuse
         os.environ["USERNAME"] = "posttrain"
+    sys.path.append(os.getcwd())  # a plug-in may lie where the run is started; last, so that it hides nothing
     try:
         sys.argv[1:] = metaflow_arguments(sys.argv[1:], default=CONFIGS / "grpo_tiny.yaml")
     except ConfigError as error:

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -128,6 +129,22 @@ def test_resume_from_a_step_keeps_what_came_before(finished: Path, step: str):
 
 
 @pytest.mark.slow
+def test_a_gang_of_two_nodes_trains_in_one_ray_cluster(tmp_path: Path):
+    # Metaflow runs the two nodes of a @parallel step as two processes of this machine, each with a Ray daemon.
+    done = flow(tmp_path, *overrides(**{"parallel.nodes": 2}), "run", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "gang" in done.stdout and "train_nodes" in done.stdout and "gather" in done.stdout
+    assert "grpo 6/6" in done.stdout and "exported model: " in done.stdout
+
+
+@pytest.mark.slow
+def test_a_gang_without_a_shared_token_is_stopped(tmp_path: Path):
+    done = flow(tmp_path, *overrides(**{"parallel.nodes": 2, "warmup": None}), "run")
+    assert done.returncode != 0
+    assert "several nodes need one RAY_AUTH_TOKEN in the environment of all" in done.stdout
+
+
+@pytest.mark.slow
 def test_all_files_of_a_run_may_live_on_s3(tmp_path: Path, s3_bucket: str):
     changes = {"checkpoint.root": f"{s3_bucket}/runs", "optim.num_steps": 4}
     first = flow(tmp_path, *overrides(**changes), "run", POSTTRAIN_FAULT="controller.before_train@3")
@@ -203,6 +220,14 @@ def test_a_wrong_input_is_refused_before_ray_with_one_message(tmp_path: Path, ch
     assert refused.returncode != 0
     assert message in text and "posttrain refused to run" in text
     assert "Traceback" not in text and "warmup" not in text
+
+
+def test_a_reward_may_lie_in_the_folder_where_the_run_is_started(tmp_path: Path):
+    (tmp_path / "my_reward.py").write_text("def score(row, completion):\n    return len(completion)\n")
+    wrong_data = {"reward.function": "my_reward:score", "data.prompts": "/nowhere.jsonl"}
+    refused = flow(tmp_path, *overrides(**wrong_data), "run")
+    assert "data.prompts: /nowhere.jsonl does not exist" in refused.stdout, "the only thing wrong"
+    assert "my_reward" not in refused.stdout
 
 
 def test_two_runs_side_by_side_do_not_meet(tmp_path: Path):
