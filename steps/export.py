@@ -7,7 +7,7 @@ from posttrain import storage
 from posttrain.config import RunConfig
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import DataError
-from posttrain.model.export import export_model
+from posttrain.model.export import export_model, write_generation_config
 from posttrain.model.load import load_decoder
 from posttrain.model.verify import compare_with_transformers
 
@@ -35,6 +35,8 @@ def export(
 
     def write(folder):
         export_model(load_decoder(source), folder, like=source)
+        tokenizer = BaseHFModelTokenizer(source)
+        write_generation_config(folder, stop_id=tokenizer.stop_id, pad_id=tokenizer.pad_id)
         (folder / "README.md").write_text(_model_card(config, provenance, evaluation))
 
     storage.ensure_folder(uri, write)

@@ -78,10 +78,10 @@ def _check_model(config: RunConfig) -> list[str]:
     path = config.model.path
     if path is None:
         return []
-    if storage.is_s3(path):
-        return [] if storage.exists(storage.join(path, "config.json")) else [f"model.path: {path} has no config.json"]
-    if Path(path).expanduser().is_dir():
-        return [] if Path(path, "config.json").is_file() else [f"model.path: {path} has no config.json"]
+    local = Path(path).expanduser()
+    if storage.is_s3(path) or local.is_dir():
+        file = storage.join(path, "config.json") if storage.is_s3(path) else str(local / "config.json")
+        return [] if storage.exists(file) else [f"model.path: {path} has no config.json"]
     if path.startswith((".", "/", "~")):
         return [f"model.path: {path} does not exist"]
     if not config.model.revision:
@@ -104,6 +104,8 @@ def _check_writable(root: str) -> list[str]:
     try:
         storage.write_bytes(probe, b"")
         storage.remove_file(probe)
+        if not storage.is_s3(root):
+            Path(root).rmdir()  # a refused run leaves nothing
     except Exception as error:
         return [f"checkpoint.root: cannot write to {root}: {error}"]
     return []

@@ -7,11 +7,11 @@ from typing import Any
 
 from posttrain import storage
 from posttrain.config import FreshModel, RunConfig
-from posttrain.data.source import read_rows, stored_rows, write_rows
+from posttrain.data.source import read_rows, row_messages, stored_rows, write_rows
 from posttrain.data.tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.errors import DataError, ModelError
-from posttrain.manifest import read_manifest
+from posttrain.manifest import MANIFEST, read_manifest
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.families import decoder_config
 from posttrain.model.load import read_config
@@ -50,24 +50,33 @@ def _write_data(config: RunConfig, folder: Path) -> None:
     if config.warmup and config.data.demonstrations:
         sources["demonstrations"] = config.data.demonstrations
     sets = {name: read_rows(source, key=f"data.{name}", seed=config.seed) for name, source in sources.items()}
-    held_out = {_question(row) for row in sets["held_out"]}
-    for name in sets.keys() - {"held_out"}:
-        for number, row in enumerate(sets[name]):
-            if _question(row) in held_out:
+    questions = {name: _questions(rows, key=f"data.{name}") for name, rows in sets.items()}
+    held_out = set(questions.pop("held_out"))
+    for name, asked in questions.items():
+        for number, question in enumerate(asked):
+            if question in held_out:
                 raise DataError(
-                    f"data.{name}, row {number} repeats a held-out question: {_question(row)[:120]!r}; "
+                    f"data.{name}, row {number} repeats a held-out question: {question[:120]!r}; "
                     "remove it from one of the two, or the evaluation measures memory"
                 )
     for name, rows in sets.items():
         write_rows(rows, folder / f"{name}.parquet")
 
 
+def _questions(rows: list[Row], *, key: str) -> list[str]:
+    questions = []
+    for number, row in enumerate(rows):
+        try:
+            questions.append(_question(row))
+        except DataError as error:
+            raise DataError(f"{key}, row {number}: {error}") from None
+    return questions
+
+
 def _question(row: Row) -> str:
-    """What is asked: everything before the last assistant turn."""
-    messages = row.get("messages")
-    if not isinstance(messages, list):
-        return str(row.get("prompt"))
-    end = len(messages) - 1 if messages and messages[-1].get("role") == "assistant" else len(messages)
+    """What is asked: everything before a last assistant turn, whichever form the row has."""
+    messages = row_messages(row)
+    end = len(messages) - 1 if messages[-1].get("role") == "assistant" else len(messages)
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages[:end])
 
 
@@ -79,8 +88,10 @@ def _write_model(config: RunConfig, folder: Path, rows: dict[str, list[Row]]) ->
     source = _local_folder(config.model.path, config.model.revision)
     decoder_config(read_config(source))
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model", ".safetensors"):
+        if path.suffix == ".safetensors":
             _link(path.resolve(), folder / path.name)
+        elif path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != MANIFEST:
+            shutil.copyfile(path, folder / path.name)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"model.path: {config.model.path} holds no .safetensors file")
 
@@ -90,7 +101,7 @@ def _build(fresh: FreshModel, folder: Path, rows: dict[str, list[Row]], *, seed:
         f"{message['role']}\n{message['content']}\n"
         for found in rows.values()
         for row in found
-        for message in row.get("messages", [{"role": "user", "content": row.get("prompt", "")}])
+        for message in row_messages(row)
     )
     size = train_tokenizer(texts, folder, vocab_size=fresh.vocab_size)
     shape = fresh.model_dump(exclude={"vocab_size"})
@@ -104,9 +115,14 @@ def _local_folder(path: str, revision: str | None) -> Path:
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-    return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model.path: cannot download {path} at revision {revision}: {reason}") from None
 
 
 def _link(source: Path, target: Path) -> None:

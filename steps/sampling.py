@@ -30,9 +30,11 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
     cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
     arguments = {"model_uri": model_uri, "stop_id": tokenizer.stop_id, "pad_id": tokenizer.pad_id}
     generators = ActorGroup("generator", cls, [arguments], **resources.generator)
+    rewards = RewardPool(config.reward.function, timeout_s=config.reward.timeout_s)
+    await rewards.ready()
     maker = RolloutMaker(
         generators,
-        RewardPool(config.reward.function, timeout_s=config.reward.timeout_s),
+        rewards,
         decode=tokenizer.decode,
         sampling=Sampling(
             seed=config.seed,

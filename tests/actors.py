@@ -35,6 +35,12 @@ class Worker:
     def refuse(self) -> None:
         raise DataError("row 7 is empty")
 
+    def times_out_itself(self) -> None:
+        raise TimeoutError("the verifier's own")
+
+    def sees_gpus(self) -> str:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
     def fail(self) -> None:
         raise ZeroDivisionError("oops")
 
@@ -92,8 +98,8 @@ class EngineRank:
 
 
 def tiny_engine(folder: str, ranks: Ranks) -> Engine:
-    """An engine over the model in `folder`, constant learning rate."""
-    model = load_decoder(folder)
+    """An engine over the model in `folder` on the ranks' device, constant learning rate."""
+    model = load_decoder(folder, device=ranks.device)
     optimizer = adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     return Engine(
         model,

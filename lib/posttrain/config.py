@@ -51,7 +51,7 @@ class Model(Section):
 
     path: str | None = None
     """Hugging Face model folder (local or s3://), or a hub id."""
-    revision: str | None = None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Hub commit, 40 hex digits; needed with a hub id, so that a run can be repeated."""
     fresh: FreshModel | None = None
     """Build a small model instead of loading one."""
@@ -59,7 +59,8 @@ class Model(Section):
     @model_validator(mode="after")
     def one_source(self):
         if (self.path is None) == (self.fresh is None):
-            raise ValueError("set exactly one of path and fresh")
+            state = "both are" if self.path else "neither is"
+            raise ValueError(f"set exactly one of path and fresh ({state} set); null drops one that the base has")
         return self
 
 
@@ -137,7 +138,7 @@ class Rollout(Section):
     max_new_tokens: int = Field(default=16, ge=1)
     """A completion that reaches it is cut, tokens."""
     timeout_s: float = Field(default=600, gt=0)
-    """Deadline of one batch of generation, and of one training step, seconds."""
+    """Deadline of every call to a policy rank or generator, the start with its model load included, seconds."""
 
 
 class Reward(Section):
@@ -148,7 +149,8 @@ class Reward(Section):
     timeout_s: float = Field(default=10, gt=0)
     """Deadline for one group, seconds; then its process is killed."""
     max_failures: int = Field(default=20, ge=0)
-    """Groups that may be dropped in the whole run because their reward failed; one more stops it."""
+    """Groups that training may drop because their reward failed, and rows that an evaluation may leave out; one
+    more stops the run."""
 
 
 class Parallel(Section):
@@ -235,7 +237,7 @@ class RunConfig(Section):
         if self.rollout.prompts_per_step % self.parallel.data:
             problems.append(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not divisible by parallel.data = "
-                f"{self.parallel.data}: every rank trains the same number of groups"
+                f"{self.parallel.data}; choose a multiple, so that the ranks share a step evenly"
             )
         gpus = self.parallel.nodes * self.parallel.gpus_per_node
         if gpus and self.parallel.data > gpus:

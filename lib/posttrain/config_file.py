@@ -113,6 +113,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{path}: {text}" if path else text
+    if problem["type"] == "string_pattern_mismatch" and path == "model.revision":
+        return f'{path}: write the full commit, 40 hex digits (got "{problem["input"]}")'
     if problem["type"] == "string_pattern_mismatch":
         return f'{path}: write it as package.module:name (got "{problem["input"]}")'
     if problem["type"] == "missing":

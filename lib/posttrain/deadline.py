@@ -15,7 +15,9 @@ async def within(seconds: float, what: str, awaitable: Awaitable[T]) -> T:
     Raises:
         ComputeError: `what` did not finish in time.
     """
-    try:
-        return await asyncio.wait_for(awaitable, seconds)
-    except TimeoutError:
-        raise ComputeError(f"{what} did not finish within {seconds:g} s") from None
+    task = asyncio.ensure_future(awaitable)
+    done, _ = await asyncio.wait({task}, timeout=seconds)  # not wait_for: the work may raise a TimeoutError of its own
+    if not done:
+        task.cancel()
+        raise ComputeError(f"{what} did not finish within {seconds:g} s")
+    return task.result()

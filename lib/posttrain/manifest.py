@@ -33,10 +33,12 @@ def write_manifest(folder: str | Path, **facts: Any) -> dict[str, Any]:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {"format": FORMAT, "files": files, **facts}
-    with open(folder / MANIFEST, "w") as file:
+    part = folder / f"{MANIFEST}.tmp"
+    with open(part, "w") as file:
         json.dump(manifest, file, indent=2, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(part, folder / MANIFEST)  # never through an inode that another folder may share
     return manifest
 
 

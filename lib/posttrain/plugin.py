@@ -20,7 +20,8 @@ def resolve(path: str, *, key: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{key}: {path}: {error}; is the package installed or on PYTHONPATH?") from None
+        looked = "looked in the installed packages, PYTHONPATH and the folder where the run is started"
+        raise ConfigError(f"{key}: {path}: {error}; {looked}") from None
     except Exception as error:
         raise ConfigError(f"{key}: {path}: importing {module_name} raised {type(error).__name__}: {error}") from error
     if not hasattr(module, name):

@@ -91,6 +91,9 @@ def test_transformers_opens_the_export(run):
         [{"role": "user", "content": "sort 312"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     assert model(**ids).logits.shape[-1] == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id, "generate() stops where training stopped"
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert Path(uri, "model.safetensors").stat().st_mode == Path(uri, "config.json").stat().st_mode
     assert "Lineage" in Path(uri, "README.md").read_text()
 
 

@@ -46,6 +46,11 @@ def ray_cluster(gang: Gang, *, num_cpus: int, num_gpus: int, join_timeout_s: flo
 
 
 def _cluster(gang: Gang, num_cpus: int, num_gpus: int, join_timeout_s: float) -> Iterator[bool]:
+    if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ComputeError(
+            "ray was imported before the cluster came up, so it would not read the cluster's token; "
+            "import it inside functions in plug-ins"
+        )
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # do not hide GPUs from CPU actors, nor warn of it
     if gang.num_nodes == 1:

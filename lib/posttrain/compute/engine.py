@@ -104,7 +104,7 @@ class Engine:
             parameter.copy_(tensors[f"model.{name}"])
             prefix = f"optimizer.{name}."
             self.optimizer.state[parameter] = {
-                key.removeprefix(prefix): value.to(parameter.device) if value.ndim else value
+                key.removeprefix(prefix): value.to(parameter.device)
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }

@@ -43,6 +43,8 @@ class ActorGroup:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # plug-ins import there as they do here
         }
+        if not num_gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray would leave the machine's GPUs in sight
         environment |= {key: os.environ[key] for key in ("POSTTRAIN_FAULT",) if key in os.environ}
         actor = ray.remote(cls).options(  # pyright: ignore[reportAttributeAccessIssue]
             num_cpus=num_cpus,
@@ -90,7 +92,7 @@ class ActorGroup:
             ray.kill(actor)  # pyright: ignore[reportArgumentType]
 
     async def _one(self, rank: int, method: str, args: tuple, kwargs: dict[str, Any], *, timeout_s: float) -> Any:
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayActorError, RayError, RayTaskError
 
         who = f"{self.name} {rank}"
         try:
@@ -103,6 +105,8 @@ class ActorGroup:
             raise ComputeError(f"{who}: {method}() raised {type(cause).__name__}: {cause}\n{error}") from None
         except RayActorError as error:
             raise ComputeError(f"{who} died during {method}(): {_cause(str(error))}") from None
+        except RayError as error:  # an object lost, a store full, an error that cannot be unpickled
+            raise ComputeError(f"{who}: {method}(): {type(error).__name__}: {_cause(str(error))}") from None
 
 
 def _cause(message: str) -> str:

@@ -8,7 +8,8 @@ from posttrain.data.types import Rollout, Unit
 
 
 def request_seed(run_seed: int, uid: int, sample_index: int, attempt: int) -> int:
-    """64 bits that depend on nothing else: a rollout is the same on any engine, in any order, after any restart."""
+    """64 bits that depend on nothing else: a rollout's noise is the same on any engine, in any order, after any
+    restart."""
     text = f"{run_seed}/{uid}/{sample_index}/{attempt}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 

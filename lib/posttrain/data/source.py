@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,10 +59,37 @@ def read_rows(source: str, *, key: str, seed: int) -> list[Row]:
     return rows
 
 
+def row_messages(row: Row) -> list[dict[str, Any]]:
+    """The conversation of a row: its `messages`, or its `prompt` as one user message.
+
+    Raises:
+        DataError: it has neither, or messages that are not a list of mappings.
+    """
+    messages = row.get("messages")
+    if messages is None and isinstance(row.get("prompt"), str):
+        return [{"role": "user", "content": row["prompt"]}]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"neither `messages` nor `prompt`; found keys {sorted(row)}")
+    if not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"messages must be mappings with role and content, got {str(messages)[:200]}")
+    return messages
+
+
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """One Parquet file; every row as JSON in column `row`, so that any record round-trips exactly."""
-    table = pa.table({"row": [json.dumps(row, ensure_ascii=False) for row in rows]})
-    pq.write_table(table, path, write_page_checksum=True)
+    """One Parquet file; every row as JSON in column `row`.
+
+    Raises:
+        DataError: names the row that JSON cannot hold: dates, bytes, numpy values.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(row))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"data.{path.stem}, row {number}: {error}; keep to strings, numbers, lists and maps"
+            ) from None
+    pq.write_table(pa.table({"row": lines}), path, write_page_checksum=True)
 
 
 def stored_rows(path: Path) -> list[Row]:

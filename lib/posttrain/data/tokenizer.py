@@ -6,6 +6,7 @@ because its mask would be silently all zero.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class BaseHFModelTokenizer:
         if not self.hf.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template")
         self.folder = folder
-        self.has_markers = "{%- generation" in self.hf.chat_template.replace("{% ", "{%- ")
+        self.has_markers = re.search(r"\{%-?\s*generation\b", self.hf.chat_template) is not None
         if self.hf.eos_token_id is None or self.hf.pad_token_id in (None, self.hf.eos_token_id):
             raise DataError(f"{folder}: the tokenizer needs an eos token, and a pad token that is not the eos token")
         self.stop_id: int = self.hf.eos_token_id

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
+from posttrain.data.source import row_messages
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Row, Sample
 from posttrain.errors import DataError
@@ -46,16 +47,15 @@ def tokenize_prompts(
     """Rows with `messages` or `prompt` become prompt ids.
 
     Raises:
-        DataError: names the row that has neither, cannot be rendered, or is longer than the limit.
+        DataError: names the row that has neither, ends with an assistant turn, cannot be
+            rendered, or is longer than the limit.
     """
     prompts = []
     for number, row in enumerate(rows):
-        messages = row.get("messages")
-        if messages is None and isinstance(row.get("prompt"), str):
-            messages = [{"role": "user", "content": row["prompt"]}]
-        if not isinstance(messages, list) or not messages:
-            raise DataError(f"{key}, row {number}: neither `messages` nor `prompt`; found keys {sorted(row)}")
         try:
+            messages = row_messages(row)
+            if messages[-1].get("role") == "assistant":
+                raise DataError("the prompt ends with an assistant turn, which would give the answer away; remove it")
             ids = tokenizer.prompt(messages)
         except DataError as error:
             raise DataError(f"{key}, row {number}: {error}") from None

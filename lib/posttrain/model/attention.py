@@ -35,7 +35,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout) 
     """The `sdpa` backend: documents as rows [D, H, L, head_dim], causal, scattered back to [T, H, head_dim].
 
     Rows shorter than the longest end in zeros. Causality alone hides those from every
-    real token, so no mask is built and work grows with D * L^2, not with T^2.
+    real token, so no mask is built. Work and memory grow with D * L^2 and D * L: small
+    for documents of like length, wasteful for one long among many short.
     """
     rows, columns = layout.rows, layout.columns
 

@@ -1,5 +1,6 @@
 """A Decoder becomes a standard Hugging Face folder that transformers and vLLM open."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,21 @@ NOT_COPIED = ("manifest.json", "model.safetensors.index.json")
 
 def write_weights(folder: str | Path, model: Decoder) -> None:
     """Write model.safetensors under Hugging Face names, the vocabulary trimmed, a tied head left out."""
+    target = Path(folder, "model.safetensors")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(model)}
-    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+    save_file(tensors, target, metadata={"format": "pt"})
+    shutil.copymode(Path(folder, "config.json"), target)  # safetensors writes 0600; others may read what is published
+
+
+def write_generation_config(folder: str | Path, *, stop_id: int, pad_id: int) -> None:
+    """Tell every engine that opens the folder where a turn ends, beside what it was told already."""
+    path = Path(folder, "generation_config.json")
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    stops = known.get("eos_token_id") or []
+    stops = stops if isinstance(stops, list) else [stops]
+    stops = [stop_id, *(token for token in stops if token != stop_id)]
+    known |= {"eos_token_id": stops if len(stops) > 1 else stop_id, "pad_token_id": pad_id}
+    path.write_text(json.dumps(known, indent=2) + "\n")
 
 
 def export_model(model: Decoder, folder: str | Path, *, like: str | Path) -> None:

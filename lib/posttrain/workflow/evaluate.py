@@ -34,9 +34,11 @@ class Evaluator:
         """Greedy reward, mean reward of `samples` draws, mean best of them, mean length, and a few rows."""
         greedy = await self._groups(samples=1, temperature=0.0)
         drawn = await self._groups(samples=samples, temperature=self.maker.sampling.temperature)
+        both = {g[0].prompt.uid for g in greedy} & {g[0].prompt.uid for g in drawn}
+        greedy, drawn = ([g for g in groups if g[0].prompt.uid in both] for groups in (greedy, drawn))
         return {
             "rows": len(drawn),
-            "failed_rows": len(self.prompts) - min(len(drawn), len(greedy)),
+            "failed_rows": len(self.prompts) - len(both),
             "samples": samples,
             "greedy_reward": round(_mean_reward(greedy), 4),
             "sampled_reward": round(_mean_reward(drawn), 4),

@@ -15,6 +15,9 @@ from posttrain.workflow.ledger import Ledger
 
 Group = list[Rollout]
 
+START_SECONDS = 120
+"""For a reward process to start and import its function."""
+
 
 class Prompts:
     """Tokenised prompts in their endless order: draw number -> Prompt, a pure function of the seed."""
@@ -62,8 +65,16 @@ class RewardPool:
         except ComputeError as error:
             self.workers.kill()
             self.workers = self._start()
-            await self.workers.call_one(0, "ready", timeout_s=60)
+            await self.ready()
             raise RewardError(str(error)) from None
+
+    async def ready(self) -> None:
+        """Wait until the process has imported the function: its first call is then not charged for that.
+
+        Raises:
+            ComputeError: it did not come up in START_SECONDS.
+        """
+        await self.workers.call_one(0, "ready", timeout_s=START_SECONDS)
 
     def _start(self) -> ActorGroup:
         return ActorGroup("reward", RewardWorker, [{"function": self.function}], num_cpus=0)

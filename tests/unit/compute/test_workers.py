@@ -49,6 +49,15 @@ def test_any_other_error_names_the_actor_and_the_cause(group: ActorGroup):
         asyncio.run(group.call_one(1, "fail", timeout_s=60))
 
 
+def test_a_timeout_that_the_work_raised_is_not_called_our_deadline(group: ActorGroup):
+    with pytest.raises(ComputeError, match=r"raised TimeoutError: the verifier's own"):
+        asyncio.run(group.call_one(1, "times_out_itself", timeout_s=60))
+
+
+def test_an_actor_without_gpus_sees_none(group: ActorGroup):
+    assert asyncio.run(group.call("sees_gpus", timeout_s=60)) == ["", ""]
+
+
 def test_a_hang_ends_at_its_deadline_and_says_who(group: ActorGroup):
     start = time.monotonic()
     with pytest.raises(ComputeError, match=r"worker 0: sleep\(\) did not finish within 1 s"):

@@ -137,3 +137,10 @@ def test_an_unknown_file_type_is_refused_with_the_known_ones(tmp_path):
 def test_a_missing_function_is_a_config_error():
     with pytest.raises(ConfigError, match=r"^data\.prompts: posttrain\.data\.sort_digits:promts"):
         check_source("posttrain.data.sort_digits:promts", key="data.prompts")
+
+
+def test_a_row_that_json_cannot_hold_is_named(tmp_path):
+    from datetime import date
+
+    with pytest.raises(DataError, match=r"data\.rows, row 1: .*date is not JSON serializable"):
+        write_rows([{"a": 1}, {"when": date(2026, 1, 1)}], tmp_path / "rows.parquet")

@@ -4,7 +4,7 @@ Small on purpose: batched decoding with a KV cache and inverse-CDF sampling. It 
 independent implementation of the model, so its logprobs check the trainer's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from posttrain import storage
 from posttrain.compute.generator import Completion, Request
 from posttrain.compute.weight_sync import digest
+
+MAX_CACHE_TOKENS = 131_072
+"""Tokens of KV cache held at once: 14 GiB for the Qwen3-0.6B shape in bfloat16 (28 layers x 2 x 1024 x 2 bytes)."""
 
 
 class TransformersGenerator:
@@ -41,12 +44,22 @@ class TransformersGenerator:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         assert self.version >= 0, "generate() before the first sync(): the generator holds no weights"
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].token_ids), i))
         done: dict[int, Completion] = {}
-        for start in range(0, len(order), self.max_batch):
-            chosen = order[start : start + self.max_batch]
+        for chosen in self._batches(requests):
             done |= dict(zip(chosen, self._decode([requests[i] for i in chosen]), strict=True))
         return [done[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Indices of requests to decode together: like lengths, within max_batch rows and MAX_CACHE_TOKENS."""
+        size = [len(r.token_ids) + r.max_new_tokens for r in requests]
+        batch: list[int] = []
+        for index in sorted(range(len(requests)), key=lambda i: (size[i], i)):
+            if batch and (len(batch) == self.max_batch or (len(batch) + 1) * size[index] > MAX_CACHE_TOKENS):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
 
     @torch.no_grad()
     def _decode(self, requests: Sequence[Request]) -> list[Completion]:
