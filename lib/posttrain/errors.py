@@ -1,7 +1,7 @@
 """Errors a person can act on; a mistake of our own stays an AssertionError.
 
-Each says what, where, the value, and the fix, in one line. They carry a plain
-message and nothing else, so that they survive the trip out of a Ray actor.
+Each says what, where, the value, and the fix, in one line. They carry plain strings
+and nothing else, so that they survive the trip out of a Ray actor.
 """
 
 
@@ -15,6 +15,22 @@ class ConfigError(PosttrainError, ValueError):
 
 class DataError(PosttrainError, ValueError):
     """A file or row cannot become a training sample."""
+
+
+class RowError(DataError):
+    """One row is unfit; it is counted under `reason` and costs one of the budget of bad rows."""
+
+    def __init__(self, reason: str, detail: str):
+        """
+        Args:
+            reason: a short slug to count by, as `no_assistant_turn`.
+            detail: what is wrong with the row and how to mend it; the caller adds file and row.
+        """
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class ModelError(PosttrainError, ValueError):

@@ -29,7 +29,10 @@ def flow(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProce
         **env,
     }
     command = [sys.executable, FLOW, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    try:
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"the flow hangs; it printed\n{(error.stdout or b'').decode()[-6000:]}") from None
 
 
 def overrides(**changes: object) -> list[str]:

@@ -20,6 +20,9 @@ from posttrain.errors import ComputeError
 
 DONE = b"done"
 
+LOCAL_JOIN_S = 120.0
+"""For nodes that are processes of this machine, started together: seconds, not a scheduler's half hour."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gang:
@@ -67,6 +70,8 @@ def _cluster(gang: Gang, num_cpus: int, num_gpus: int, join_timeout_s: float) ->
     if "RAY_AUTH_TOKEN" not in os.environ:
         raise ComputeError("several nodes need one RAY_AUTH_TOKEN in the environment of all, from a secret")
     join = _head if gang.node_index == 0 else _worker
+    if gang.main_ip == Gang.main_ip:
+        join_timeout_s = min(join_timeout_s, LOCAL_JOIN_S)
     with join(gang, join_timeout_s, [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]):
         yield gang.node_index == 0
 
@@ -118,9 +123,8 @@ def _head(gang: Gang, timeout_s: float, flags: list[str]) -> Iterator[None]:
 
     ip, port = gang.main_ip, _port(gang)
     head = ["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false", *flags]
-    with socket.create_server((ip, port + 1)) as door, _ray_daemon(head):
-        door.settimeout(timeout_s)
-        peers = [door.accept()[0] for _ in range(gang.num_nodes - 1)]
+    with socket.create_server((ip, port + 1)) as door, _ray_daemon(head) as daemon:
+        peers = _peers(door, gang, timeout_s, daemon)
         _until(lambda: _answers(ip, port), timeout_s, "the Ray head to answer")
         _init(address=f"{ip}:{port}")
         _until(
@@ -136,6 +140,23 @@ def _head(gang: Gang, timeout_s: float, flags: list[str]) -> Iterator[None]:
             for peer in peers:
                 peer.close()  # a worker that sees the end without DONE fails at once
             _shutdown()
+
+
+def _peers(door: socket.socket, gang: Gang, timeout_s: float, daemon: subprocess.Popen) -> list[socket.socket]:
+    """A connection from every other node: it closes when that node's step ends, in whatever way."""
+    peers: list[socket.socket] = []
+    deadline = time.monotonic() + timeout_s
+    while len(peers) < gang.num_nodes - 1:
+        if daemon.poll() is not None:
+            raise ComputeError(f"the Ray head exited with code {daemon.returncode} before the nodes had joined")
+        if time.monotonic() > deadline:
+            raise ComputeError(
+                f"{len(peers) + 1} of {gang.num_nodes} nodes came within {timeout_s:g} s; the others never started "
+                "their step or could not reach this one, see their logs"
+            )
+        if select.select([door], [], [], 1)[0]:
+            peers.append(door.accept()[0])
+    return peers
 
 
 @contextmanager

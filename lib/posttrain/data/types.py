@@ -36,6 +36,8 @@ class Sample:
     """[L] float32, nats, under the policy that sampled the target; 0 off the mask."""
     advantages: np.ndarray | None = None
     """[L] float32, reward units after group centering; 0 off the mask."""
+    fields: dict[str, float] = field(default_factory=dict)
+    """One number each for the whole document: a label, a reference's logprob, a margin."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -52,6 +54,8 @@ class Pack:
     samples: tuple[Sample, ...]
     """In unit order; a unit is never split over packs."""
     num_units: int
+    draws: tuple[int, ...] = ()
+    """Draw number of each unit, where units come from a mixture."""
 
     @property
     def num_tokens(self) -> int:
@@ -89,12 +93,16 @@ class Batch:
     """[N] float32, nats, under the frozen reference; filled in on the rank that holds it."""
     advantages: Tensor | None = None
     """[N] float32."""
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    """[S] float32 each, one number a sample, in the order of doc_id; none for the padded tail."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
         moved = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
+            if isinstance(value, dict):
+                value = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
             moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         return Batch(**moved)
 
