@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -197,15 +198,46 @@ def remove_file(uri: str) -> None:
     client.delete_object(Bucket=bucket, Key=key)
 
 
+def s3_client(
+    *, retries: int = 8, connect_timeout_s: float = 10, read_timeout_s: float = 30, connections: int = 10
+) -> Any:
+    """The boto3 S3 client of this process with these limits: made once, shared by all threads.
+
+    `retries` are boto3's own, 8 for a budget of minutes, not Metaflow's possible 80; 0 leaves them to the caller.
+    """
+    aws = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    endpoint = os.environ.get("METAFLOW_S3_ENDPOINT_URL")  # as Metaflow's own datastore; boto3 reads AWS_* itself
+    return _client(os.getpid(), aws, endpoint, retries, connect_timeout_s, read_timeout_s, connections)
+
+
 def _s3(uri: str) -> tuple[Any, str, str]:
-    """Client with a retry budget of minutes, not Metaflow's possible 80; bucket; key."""
-    import boto3
+    """Client, bucket, key."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return s3_client(), bucket, key.rstrip("/")
+
+
+@lru_cache(maxsize=16)
+def _client(
+    _pid: int,
+    _aws: tuple[tuple[str, str], ...],
+    endpoint: str | None,
+    retries: int,
+    connect_timeout_s: float,
+    read_timeout_s: float,
+    connections: int,
+) -> Any:
+    """One client for each process, as sockets do not survive a fork, and for each state of boto3's environment."""
+    from boto3.session import Session
     from botocore.config import Config
 
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    config = Config(retries={"mode": "adaptive", "max_attempts": 8}, connect_timeout=10, read_timeout=30)
-    endpoint = os.environ.get("METAFLOW_S3_ENDPOINT_URL")  # as Metaflow's own datastore; boto3 reads AWS_* itself
-    return boto3.client("s3", config=config, endpoint_url=endpoint), bucket, key.rstrip("/")
+    config = Config(
+        retries={"mode": "adaptive" if retries else "standard", "max_attempts": retries},
+        connect_timeout=connect_timeout_s,
+        read_timeout=read_timeout_s,
+        max_pool_connections=connections,
+    )
+    # A session of its own: making clients from boto3's default session is not thread-safe.
+    return Session().client("s3", config=config, endpoint_url=endpoint)
 
 
 def _keys(client: Any, bucket: str, prefix: str) -> list[str]:
