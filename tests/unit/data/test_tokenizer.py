@@ -1,15 +1,21 @@
 """Ids and masks come from the tokenizer that also serves the model; one that would train nothing is refused."""
 
+import copy
 import json
+import pickle
 import shutil
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from posttrain.data.tokenizer import BaseHFModelTokenizer, train_tokenizer
-from posttrain.errors import DataError
+from posttrain.data.special_tokens import semantic_id_tokens
+from posttrain.data.template_fixtures import TOOL_TALK, TOOLS
+from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded, train_tokenizer
+from posttrain.errors import DataError, RowError
+from stock_templates import CHATML, save_tokenizer, stock_tokenizer
 from tiny import tiny_tokenizer
 
 CHAT = [
@@ -168,13 +174,13 @@ def test_messages_that_the_template_cannot_render_are_refused(tokenizer, message
             read(messages)
 
 
-def test_a_template_without_generation_markers_may_ask_but_not_train(copied, tokenizer):
+def test_a_template_without_generation_markers_is_given_them(copied, tokenizer):
     path = copied / "chat_template.jinja"
     path.write_text(path.read_text().replace("{%- generation -%}", "").replace("{%- endgeneration -%}", ""))
     unmarked = BaseHFModelTokenizer(copied)
+    assert not unmarked.stock.has_markers
     assert unmarked.prompt(CHAT[:2]) == tokenizer.prompt(CHAT[:2])
-    with pytest.raises(DataError, match=rf"{copied}: .* no \{{% generation %\}} markers"):
-        unmarked.conversation(CHAT)
+    assert unmarked.conversation(CHAT) == tokenizer.conversation(CHAT)
 
 
 def test_a_folder_without_a_template_is_refused(copied):
@@ -189,11 +195,154 @@ def test_markers_may_be_written_without_dashes(copied, tokenizer):
     assert BaseHFModelTokenizer(copied).conversation(CHAT)[1] == tokenizer.conversation(CHAT)[1]
 
 
-@pytest.mark.parametrize("changes", [{"pad_token": "<|im_end|>"}, {"pad_token": None}, {"eos_token": None}])
-def test_a_pad_token_that_is_the_stop_token_or_missing_is_refused(copied, changes):
+@pytest.mark.parametrize("changes", [{"pad_token": "<|im_end|>"}, {"pad_token": None}])
+def test_a_pad_token_that_is_the_stop_token_or_missing_is_chosen_from_the_vocabulary_and_saved(copied, changes):
     edit_config(copied, **changes)
-    with pytest.raises(DataError, match="needs an eos token, and a pad token that is not the eos token"):
+    tokenizer = BaseHFModelTokenizer(copied)
+    assert tokenizer.hf.convert_ids_to_tokens(tokenizer.pad_id) == "<|pad|>"
+    tokenizer.save(copied / "saved")
+    saved = BaseHFModelTokenizer(copied / "saved")
+    assert AutoTokenizer.from_pretrained(copied / "saved").pad_token == "<|pad|>"
+    assert saved.fingerprint() == tokenizer.fingerprint()
+
+
+def test_a_vocabulary_without_a_token_to_pad_with_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    save_tokenizer(tmp_path, CHATML)
+    path.write_text(path.read_text().replace("<|reserved_0|>", "<|something|>"))
+    edit_config(tmp_path, pad_token="<|im_end|>")
+    with pytest.raises(DataError, match="no reserved token to take its place; add a token such as"):
+        BaseHFModelTokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_an_eos_token_is_refused(copied):
+    edit_config(copied, eos_token=None)
+    with pytest.raises(DataError, match="needs an eos token"):
         BaseHFModelTokenizer(copied)
+
+
+def test_every_eos_of_the_generation_config_stops_and_none_of_them_pads(copied, tokenizer):
+    start = tokenizer.hf.convert_tokens_to_ids("<|im_start|>")
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.stop_id, start]}))
+    assert BaseHFModelTokenizer(copied).stop_ids == (tokenizer.stop_id, start)
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.pad_id}))
+    with pytest.raises(DataError, match="no pad token, or one that also ends a turn"):
+        BaseHFModelTokenizer(copied)
+
+
+def test_the_token_that_ends_a_turn_is_a_stop_token_where_eos_is_another(tmp_path):
+    gemma = stock_tokenizer("gemma3", tmp_path)
+    names = [gemma.hf.convert_ids_to_tokens(token) for token in gemma.stop_ids]
+    assert names == ["<end_of_turn>", "<eos>"] and gemma.stop_id == gemma.stop_ids[0]
+
+
+def test_a_second_beginning_of_text_is_refused(tmp_path):
+    """Many templates write the token themselves, and one pasted before them makes two."""
+    folder = save_tokenizer(tmp_path, "{{ bos_token }}{{ bos_token }}" + CHATML, bos="<s>")
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    begin = next(token["id"] for token in state["added_tokens"] if token["content"] == "<s>")
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [begin], "tokens": ["<s>"]}}
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    state["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": pair,
+        "special_tokens": special,
+    }
+    path.write_text(json.dumps(state))
+    with pytest.raises(DataError, match="writes <s> 2 times, not once"):
+        BaseHFModelTokenizer(folder).conversation(CHAT)
+
+
+def test_plain_text_stands_between_the_beginning_and_the_eos_token(tmp_path, tokenizer):
+    llama = stock_tokenizer("llama3", tmp_path)
+    assert llama.hf.decode(llama.text("a 🙂 b")) == "<|begin_of_text|>a 🙂 b<|eot_id|>"
+    assert tokenizer.hf.decode(tokenizer.text("12")) == "12<|im_end|>"
+    with pytest.raises(RowError, match="control token"):
+        llama.text("a<|eot_id|>")
+
+
+def test_a_pair_shares_its_prompt_and_trains_the_answers_alone(tokenizer):
+    row = {
+        "prompt": CHAT[:4],
+        "chosen": [{"role": "assistant", "content": "12"}],
+        "rejected": [{"role": "assistant", "content": "21", "weight": 0}],
+    }
+    chosen, rejected = tokenizer.pair(row)
+    served = tokenizer.prompt(CHAT[:4])
+    for side, answer in ((chosen, "12"), (rejected, "21")):
+        assert side.token_ids[: len(served)].tolist() == served
+        assert trained_runs(tokenizer, side.token_ids, side.loss_mask) == [f"{answer}<|im_end|>"]
+    assert tokenizer.pair({**row, "chosen": [{"role": "user", "content": "?"}]}).reason == "no_trained_token"
+    assert tokenizer.pair({**row, "prompt": CHAT[:3]}).reason == "prompt_ends_with_answer"
+    assert tokenizer.pair({**row, "prompt": None}).reason == "template_refused"
+
+
+def test_a_bad_row_costs_itself_and_not_its_batch(tokenizer):
+    good = {"messages": CHAT}
+    bad = [
+        {"messages": CHAT[:2]},
+        {"messages": [{"role": "user", "content": "<|im_end|>"}, CHAT[2]]},
+        {"messages": [CHAT[1], {"role": "assistant", "content": None}]},
+        {"messages": CHAT, "tools": [{"type": "function", "function": {"name": "look_up"}}]},
+        {},
+    ]
+    found = tokenizer.conversations([good, *bad, good])
+    reasons = [each.reason for each in found[1:-1]]
+    assert reasons == ["no_trained_token", "control_token", *["template_refused"] * 3]
+    ids, mask = tokenizer.conversation(CHAT)
+    for each in (found[0], found[-1]):
+        assert (each.token_ids.tolist(), each.loss_mask.tolist()) == (ids, mask)
+        assert (each.token_ids.dtype, each.loss_mask.dtype) == (np.int32, np.float32)
+    asked = tokenizer.prompts([{"messages": CHAT}, {"messages": CHAT[:2]}])
+    assert asked[0].reason == "prompt_ends_with_answer" and asked[1].dtype == np.int32
+
+
+@pytest.mark.parametrize("place", ["arguments", "result", "tools"])
+def test_a_control_token_inside_a_tool_call_is_refused(tmp_path, place):
+    qwen = stock_tokenizer("qwen3", tmp_path)
+    talk, tools = copy.deepcopy(list(TOOL_TALK)), copy.deepcopy(list(TOOLS))
+    assert isinstance(qwen.conversations([{"messages": talk, "tools": tools}])[0], Encoded)
+    if place == "arguments":
+        talk[1]["tool_calls"][0]["function"]["arguments"] = {"word": "<|im_end|>"}
+    elif place == "result":
+        talk[2]["content"] = "white<|im_end|>"
+    else:
+        tools[0]["function"]["description"] = "<|im_start|>assistant"
+    assert qwen.conversations([{"messages": talk, "tools": tools}])[0].reason == "control_token"
+
+
+def test_added_tokens_are_one_id_each_and_survive_saving(copied):
+    tokenizer = BaseHFModelTokenizer(copied)
+    before, size = tokenizer.fingerprint(), tokenizer.vocab_size
+    names = semantic_id_tokens(2, 3)
+    assert names == ["<|sid_0_0|>", "<|sid_0_1|>", "<|sid_0_2|>", "<|sid_1_0|>", "<|sid_1_1|>", "<|sid_1_2|>"]
+    assert tokenizer.add_tokens(names) == 6 and tokenizer.add_tokens(names) == 0
+    assert (tokenizer.vocab_size, tokenizer.max_id) == (size + 6, size + 5)
+    tokenizer.save(copied / "saved")
+    saved = BaseHFModelTokenizer(copied / "saved")
+    assert saved.fingerprint() == tokenizer.fingerprint() != before
+    answer = "".join(names)
+    ids, mask = saved.conversation([CHAT[1], {"role": "assistant", "content": answer}])
+    assert sum(mask) == 7 and saved.decode(ids).endswith(f"{answer}\n")
+
+
+def test_unknown_tokens_are_counted(tokenizer):
+    assert tokenizer.unk_share([1, 2]) == 0
+    tokenizer.hf.unk_token = "<|im_start|>"
+    try:
+        assert tokenizer.unk_share([tokenizer.hf.unk_token_id, 5, 6, 7]) == 0.25
+    finally:
+        tokenizer.hf.unk_token = None
+
+
+def test_a_template_that_drops_earlier_reasoning_is_served_as_it_is_trained(tmp_path):
+    qwen = stock_tokenizer("qwen3", tmp_path)
+    thought = {"role": "assistant", "content": "12", "reasoning_content": "Two digits."}
+    qwen.check_no_skew([CHAT[1], thought, CHAT[3], thought])
+    qwen.check_no_skew(TOOL_TALK, TOOLS)
 
 
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
@@ -210,8 +359,21 @@ def test_reading_text_does_not_change_the_fingerprint(tokenizer):
     before = tokenizer.fingerprint()
     tokenizer.conversation(CHAT)
     tokenizer.hf(["padded", "to one length"], padding=True, truncation=True, max_length=3)
-    tokenizer.prompt(CHAT)
+    tokenizer.prompt(CHAT[:2])
     assert tokenizer.fingerprint() == before
+
+
+def test_a_tokenizer_travels_to_another_process(tokenizer):
+    copy_of = pickle.loads(pickle.dumps(tokenizer))
+    assert copy_of.conversation(CHAT) == tokenizer.conversation(CHAT)
+    assert copy_of.fingerprint() == tokenizer.fingerprint()
+
+
+def test_an_export_that_writes_its_own_generation_config_keeps_the_fingerprint(copied, tokenizer):
+    (copied / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [tokenizer.stop_id, tokenizer.pad_id + 5]})
+    )
+    assert BaseHFModelTokenizer(copied).fingerprint() == tokenizer.fingerprint()
 
 
 def test_a_fingerprint_changes_with_the_template(copied, tokenizer):
@@ -234,7 +396,7 @@ def test_a_control_token_as_text_is_refused(tokenizer, role, token):
     chat = [{"role": "user", "content": "sort 12"}, {"role": "assistant", "content": "12"}]
     chat.insert(0, {"role": role, "content": f"before{token}after"})
     for render in (tokenizer.conversation, tokenizer.prompt):
-        with pytest.raises(DataError, match=r"messages\[0\] holds the control token"):
+        with pytest.raises(DataError, match=r"messages\[0\].content holds the control token"):
             render(chat)
 
 
