@@ -1,6 +1,7 @@
 """Tokens and a mask become a Sample. The only causal shift in the repository."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +9,9 @@ from posttrain.data.types import Sample
 from posttrain.errors import DataError
 
 
-def shift(tokens: Sequence[int], loss_mask: Sequence[float], **columns: Sequence[float]) -> Sample:
+def shift(
+    tokens: Sequence[int] | np.ndarray, loss_mask: Sequence[float] | np.ndarray, **columns: Sequence[float]
+) -> Sample:
     """Align every per-token column with the token it describes.
 
     Args:
@@ -26,9 +29,5 @@ def shift(tokens: Sequence[int], loss_mask: Sequence[float], **columns: Sequence
     if not mask.any():
         raise DataError(f"no trained token among {len(tokens)}; check the chat template and the message roles")
     ids = np.asarray(tokens, np.int32)
-    return Sample(
-        input_ids=ids[:-1],
-        target_ids=ids[1:],
-        loss_mask=mask,
-        **{name: np.asarray(column, np.float32)[1:] for name, column in columns.items()},
-    )
+    shifted: dict[str, Any] = {name: np.asarray(column, np.float32)[1:] for name, column in columns.items()}
+    return Sample(input_ids=ids[:-1], target_ids=ids[1:], loss_mask=mask, **shifted)

@@ -29,6 +29,11 @@ class DecoderConfig:
     """RMSNorm over head_dim on queries and keys (Qwen3)."""
 
     @property
+    def attention_width(self) -> int:
+        """Multiply-adds of the attention proper for one pair of positions, against one a parameter for a token."""
+        return self.num_layers * self.num_heads * self.head_dim
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up to 64.
 

@@ -15,7 +15,7 @@ from posttrain.compute.engine import Engine
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import ActorGroup, node_address
 from posttrain.data.batch import collate
-from posttrain.data.pack import deal
+from posttrain.data.pack import attention_cost, deal
 from posttrain.data.types import Pack
 from posttrain.model.decoder import Decoder
 from posttrain.model.export import export_model
@@ -58,8 +58,8 @@ class PolicyRank:
         self.meeting = MeetingPoint(node_address())
         return self.meeting.address
 
-    def join(self, address: str, timeout_s: float) -> int:
-        """Meet the other ranks, load the model, make the engine; return the parameter count."""
+    def join(self, address: str, timeout_s: float) -> tuple[float, float]:
+        """Meet the other ranks, load the model, make the engine; return what a token and a pair of tokens cost."""
         training = self.training
         ranks = Ranks(
             rank=self.rank,
@@ -91,7 +91,7 @@ class PolicyRank:
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
         )
-        return sum(parameter.numel() for parameter in model.parameters())
+        return float(sum(p.numel() for p in model.parameters())), model.config.attention_width
 
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; global metrics."""
@@ -135,6 +135,8 @@ class Policy:
 
     def __init__(self, group: ActorGroup, *, timeout_s: float):
         self.group, self.timeout_s = group, timeout_s
+        self.cost = partial(attention_cost, linear=1.0, quadratic=0.0)
+        """What a pack costs; in tokens until the ranks have said how their model weighs attention."""
 
     @staticmethod
     async def launch(
@@ -147,13 +149,14 @@ class Policy:
         ]
         policy = Policy(ActorGroup("policy", PolicyRank, per_rank, **hardware), timeout_s=timeout_s)
         address = await policy.group.call_one(0, "address", timeout_s=timeout_s)
-        await policy.group.call("join", address, timeout_s, timeout_s=timeout_s)
+        (linear, quadratic), *_ = await policy.group.call("join", address, timeout_s, timeout_s=timeout_s)
+        policy.cost = partial(attention_cost, linear=linear, quadratic=quadratic)
         return policy
 
     async def train_step(self, step: int, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
         """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token."""
         denominator = sum(pack.loss_tokens for pack in packs)
-        shares = deal(packs, ranks=len(self.group))
+        shares = deal(packs, ranks=len(self.group), cost=self.cost)
         calls = [((step, share, loss, denominator), {}) for share in shares]
         return (await self.group.call_each("train_step", calls, timeout_s=self.timeout_s))[0]
 

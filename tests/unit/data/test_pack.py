@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.data.pack import deal, pack
+from posttrain.data.pack import attention_cost, deal, fill, pack, plan
 from posttrain.data.sample import shift
 from posttrain.errors import DataError
 
@@ -22,6 +23,10 @@ def unit(index, lengths):
 
 def units_of(lengths):
     return [unit(index, of_unit) for index, of_unit in enumerate(lengths)]
+
+
+def tokens(packed):
+    return packed.num_tokens
 
 
 def names(packed):
@@ -98,7 +103,7 @@ def test_loss_tokens_are_the_sum_of_the_loss_weights():
 @given(LENGTHS, st.integers(1, 5))
 def test_every_pack_is_dealt_once(lengths, ranks):
     packs = pack(units_of(lengths), pack_tokens=T)
-    shares = deal(packs, ranks=ranks)
+    shares = deal(packs, ranks=ranks, cost=tokens)
     assert len(shares) == ranks
     assert Counter(id(packed) for share in shares for packed in share) == Counter(map(id, packs))
 
@@ -106,16 +111,69 @@ def test_every_pack_is_dealt_once(lengths, ranks):
 @given(LENGTHS, st.integers(1, 5))
 def test_no_rank_is_ahead_of_another_by_more_than_one_pack(lengths, ranks):
     packs = pack(units_of(lengths), pack_tokens=T)
-    loads = [sum(packed.num_tokens for packed in share) for share in deal(packs, ranks=ranks)]
+    loads = [sum(packed.num_tokens for packed in share) for share in deal(packs, ranks=ranks, cost=tokens)]
     assert max(loads) - min(loads) <= max(packed.num_tokens for packed in packs)
 
 
 def test_dealing_balances_tokens_not_packs():
     packs = [packed for n in (1, 8, 1, 1, 1, 8, 1, 1) for packed in pack(units_of([[n]]), pack_tokens=8)]
-    loads = [sum(packed.num_tokens for packed in share) for share in deal(packs, ranks=2)]
+    loads = [sum(packed.num_tokens for packed in share) for share in deal(packs, ranks=2, cost=tokens)]
     assert loads == [11, 11]
 
 
 def test_ranks_beyond_the_packs_get_none():
-    shares = deal(pack(units_of([[3]]), pack_tokens=T), ranks=3)
+    shares = deal(pack(units_of([[3]]), pack_tokens=T), ranks=3, cost=tokens)
     assert sorted(map(len, shares)) == [0, 0, 1]
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_ranks_get_equally_many_packs_or_one_less(lengths, ranks):
+    sizes = [len(share) for share in deal(pack(units_of(lengths), pack_tokens=T), ranks=ranks, cost=tokens)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_dealing_balances_attention_and_not_tokens_alone():
+    packs = [packed for each in ([8], [4, 4], [8], [4, 4]) for packed in pack(units_of([each]), pack_tokens=8)]
+    shares = deal(packs, ranks=2, cost=lambda p: attention_cost(p, linear=1.0, quadratic=1.0))
+    assert [sorted(len(p.samples) for p in share) for share in shares] == [[1, 2], [1, 2]]
+
+
+def test_the_cost_of_a_pack_counts_pairs_within_documents_only():
+    (packed,) = pack(units_of([[3], [5]]), pack_tokens=8)
+    assert attention_cost(packed, linear=2.0, quadratic=10.0) == 2.0 * 8 + 10.0 * (9 + 25)
+
+
+def test_a_pack_keeps_the_draw_numbers_of_its_units():
+    packs = pack(units_of([[20], [30], [12]]), pack_tokens=T, draws=[7, 8, 9])
+    assert sorted(p.draws for p in packs) == [(7, 9), (8,)]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
+def test_a_plan_is_best_fit_decreasing(sizes):
+    """The same packs as the textbook's quadratic search."""
+    bins: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = [b for b in bins if sum(sizes[i] for i in b) + sizes[index] <= 64]
+        chosen = max(fits, key=lambda b: sum(sizes[i] for i in b), default=None)
+        if chosen is None:
+            bins.append([index])
+        else:
+            chosen.append(index)
+    assert plan(sizes, pack_tokens=64) == [sorted(b) for b in bins]
+
+
+@pytest.mark.parametrize("workload", ["lognormal", "mostly short"])
+def test_windows_of_skewed_lengths_fill_their_packs_to_98_percent(workload):
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(np.log(350), 1.2, 8 * 1024)
+    if workload == "mostly short":
+        short = rng.lognormal(np.log(120), 0.6, len(lengths))
+        lengths = np.where(rng.random(len(lengths)) < 0.95, short, rng.uniform(4096, 8192, len(lengths)))
+    lengths = np.clip(lengths, 1, 8192).astype(int)
+    packs = sum(len(plan(lengths[i : i + 1024].tolist(), pack_tokens=8192)) for i in range(0, len(lengths), 1024))
+    assert lengths.sum() / (packs * 8192) >= 0.98
+
+
+def test_fill_is_the_share_of_positions_that_hold_a_token():
+    assert fill(pack(units_of([[8], [24]]), pack_tokens=T), pack_tokens=T) == 1.0
+    assert fill(pack(units_of([[8]]), pack_tokens=T), pack_tokens=T) == 0.25
