@@ -7,7 +7,8 @@ from typing import Any
 
 from posttrain import storage
 from posttrain.config import FreshModel, RunConfig
-from posttrain.data.source import read_rows, row_messages, stored_rows, write_rows
+from posttrain.data.records import question_key
+from posttrain.data.source import read_rows, stored_rows, write_rows
 from posttrain.data.tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.errors import DataError, ModelError
@@ -15,6 +16,9 @@ from posttrain.manifest import MANIFEST, read_manifest
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.families import decoder_config
 from posttrain.model.load import read_config
+
+WANTED = {"prompts": "prompt", "held_out": "prompt", "demonstrations": "conversation"}
+"""What each set's records are read as."""
 
 
 def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
@@ -49,35 +53,20 @@ def _write_data(config: RunConfig, folder: Path) -> None:
     sources = {"prompts": config.data.prompts, "held_out": config.data.held_out}
     if config.warmup and config.data.demonstrations:
         sources["demonstrations"] = config.data.demonstrations
-    sets = {name: read_rows(source, key=f"data.{name}", seed=config.seed) for name, source in sources.items()}
-    questions = {name: _questions(rows, key=f"data.{name}") for name, rows in sets.items()}
-    held_out = set(questions.pop("held_out"))
-    for name, asked in questions.items():
-        for number, question in enumerate(asked):
-            if question in held_out:
+    sets = {
+        name: read_rows(source, key=f"data.{name}", seed=config.seed, wanted=WANTED[name])
+        for name, source in sources.items()
+    }
+    held_out = {question_key(row) for row in sets["held_out"]}
+    for name in sets.keys() - {"held_out"}:
+        for number, row in enumerate(sets[name]):
+            if question_key(row) in held_out:
                 raise DataError(
-                    f"data.{name}, row {number} repeats a held-out question: {question[:120]!r}; "
+                    f"data.{name}, row {number} repeats a held-out question: {question_key(row)[:120]!r}; "
                     "remove it from one of the two, or the evaluation measures memory"
                 )
     for name, rows in sets.items():
         write_rows(rows, folder / f"{name}.parquet")
-
-
-def _questions(rows: list[Row], *, key: str) -> list[str]:
-    questions = []
-    for number, row in enumerate(rows):
-        try:
-            questions.append(_question(row))
-        except DataError as error:
-            raise DataError(f"{key}, row {number}: {error}") from None
-    return questions
-
-
-def _question(row: Row) -> str:
-    """What is asked: everything before a last assistant turn, whichever form the row has."""
-    messages = row_messages(row)
-    end = len(messages) - 1 if messages[-1].get("role") == "assistant" else len(messages)
-    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages[:end])
 
 
 def _write_model(config: RunConfig, folder: Path, rows: dict[str, list[Row]]) -> None:
@@ -101,7 +90,7 @@ def _build(fresh: FreshModel, folder: Path, rows: dict[str, list[Row]], *, seed:
         f"{message['role']}\n{message['content']}\n"
         for found in rows.values()
         for row in found
-        for message in row_messages(row)
+        for message in row["messages"]
     )
     size = train_tokenizer(texts, folder, vocab_size=fresh.vocab_size)
     shape = fresh.model_dump(exclude={"vocab_size"})

@@ -35,15 +35,15 @@ def test_a_held_out_question_is_found_in_either_form(tmp_path: Path, trained: di
 
 
 def test_a_row_without_a_question_is_named(tmp_path: Path):
-    config = with_rows(tmp_path, prompts=[{"prompt": "sort 99"}, {"question": "?"}], held_out=[{"prompt": "x"}])
-    with pytest.raises(DataError, match=r"data\.prompts, row 1: neither `messages` nor `prompt`"):
+    config = with_rows(tmp_path, prompts=[{"prompt": "sort 99"}, {"answer": "?"}], held_out=[{"prompt": "x"}])
+    with pytest.raises(DataError, match=r"data\.prompts: .*prompts\.jsonl:2: .*answer"):
         prepare(config, root=str(tmp_path / "run"))
 
 
 def test_a_prompt_that_holds_its_answer_is_refused(tmp_path: Path):
     chat = [{"role": "user", "content": "sort 21"}, {"role": "assistant", "content": "12"}]
     config = with_rows(tmp_path, prompts=[{"prompt": "sort 99"}, {"messages": chat}], held_out=[{"prompt": "x"}])
-    with pytest.raises(DataError, match=r"data\.prompts, row 1: the prompt ends with an assistant turn"):
+    with pytest.raises(DataError, match=r"data\.prompts: .*prompts\.jsonl:2: .*a prompt ends with a user or tool turn"):
         prepared(tmp_path / "run", config)
 
 

@@ -1,25 +1,115 @@
-"""Bytes on disk or S3, or a generating function, become Rows; and back, as Parquet."""
+"""Bytes on disk or S3, or a generating function, become Rows; and back, as Parquet.
 
-import io
+A Source addresses the records of many files by (block, row in the block), so that a reader
+can go anywhere without reading what lies before. What a record means is in records.py.
+"""
+
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from posttrain import storage
+from posttrain.data.files import File, list_files
+from posttrain.data.records import Format, check_row, convert, detect
+from posttrain.data.shards import SUFFIXES, Reader, Records, index, line_number, take
 from posttrain.data.types import Row
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RowError
+from posttrain.manifest import json_sha256
 from posttrain.plugin import resolve
 
-FILE_TYPES = (".jsonl", ".parquet")
+HELD_BYTES = 64 * 1024 * 1024
+"""Decoded blocks a source keeps: two groups of BlockOrder, the one being read and the next."""
+
+
+class Source:
+    """The records of a file, a folder, a Hugging Face dataset on disk, or a glob; local or s3://.
+
+    Raises:
+        DataError: nothing there, or a file that is truncated, damaged or of another kind.
+    """
+
+    def __init__(self, uri: str, *, key: str):
+        """
+        Args:
+            key: where the config names the source, for errors: `data.prompts`.
+        """
+        self.uri, self.key = uri, key
+        try:
+            self.shards = [index(file) for file in _files(uri)]
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from None
+        self._places = [(s, b) for s, shard in enumerate(self.shards) for b in range(len(shard.blocks))]
+        blocks = [self.shards[s].blocks[b] for s, b in self._places]
+        self.block_rows = np.array([block.rows for block in blocks], np.int64)
+        self.block_bytes = np.array([block.bytes for block in blocks], np.int64)
+        self.num_rows = int(self.block_rows.sum())
+        if not self.num_rows:
+            raise DataError(f"{key}: {uri} has no rows")
+        self.fingerprint = json_sha256([shard.fingerprint for shard in self.shards])
+        self._readers: dict[int, Reader] = {}
+        self._held: OrderedDict[int, Records] = OrderedDict()
+
+    def records(self, blocks: np.ndarray, rows: np.ndarray) -> list[dict[str, Any] | RowError]:
+        """Records at [N] blocks and [N] rows within them, in that order; a RowError where one is no record.
+
+        Raises:
+            DataError: a block's bytes are damaged.
+        """
+        found: list[Any] = [None] * len(blocks)
+        for block in np.unique(blocks):
+            here = np.flatnonzero(blocks == block)
+            for place, record in zip(here, take(self._block(int(block)), rows[here].tolist()), strict=True):
+                found[place] = record
+        return found
+
+    def in_order(self) -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
+        """Every record once, in file order, with its block and its row there."""
+        for block, count in enumerate(self.block_rows.tolist()):
+            for row, record in enumerate(take(self._block(block), range(count))):
+                yield block, row, record
+
+    def read_ahead(self, blocks: Sequence[int]) -> None:
+        """Begin to fetch blocks that will be wanted soon; returns at once."""
+        for block in blocks:
+            if block not in self._held:
+                shard, number = self._places[block]
+                self._reader(shard).read_ahead(number)
+
+    def where(self, block: int, row: int) -> str:
+        """A record's place as a person looks it up: the file, and its line (JSONL) or row from 0."""
+        shard, number = self._places[block]
+        file = self.shards[shard].file
+        if file.uri.endswith(".jsonl"):
+            return f"{file.uri}:{line_number(self.shards[shard], number, row)}"
+        return f"{file.uri}, row {sum(b.rows for b in self.shards[shard].blocks[:number]) + row}"
+
+    def _reader(self, shard: int) -> Reader:
+        if shard not in self._readers:
+            self._readers[shard] = Reader(self.shards[shard])
+        return self._readers[shard]
+
+    def _block(self, block: int) -> Records:
+        if block not in self._held:
+            shard, number = self._places[block]
+            try:
+                self._held[block] = self._reader(shard).read(number)
+            except DataError as error:
+                raise DataError(f"{self.key}: {error}") from None
+            while len(self._held) > 1 and self.block_bytes[list(self._held)].sum() > HELD_BYTES:
+                self._held.popitem(last=False)
+        self._held.move_to_end(block)
+        return self._held[block]
 
 
 def is_file(source: str) -> bool:
-    """Whether a config's source names a file, and not a function."""
-    return source.endswith(FILE_TYPES) or "/" in source
+    """Whether a config's source names files, and not a function."""
+    return "/" in source or ":" not in source
 
 
 def check_source(source: str, *, key: str) -> None:
@@ -32,47 +122,40 @@ def check_source(source: str, *, key: str) -> None:
     if not is_file(source):
         resolve(source, key=key)
         return
-    if not source.endswith(FILE_TYPES):
-        raise DataError(f"{key}: {source}: known file types are {', '.join(FILE_TYPES)}")
-    if not storage.exists(source):
-        where = "" if storage.is_s3(source) else f" (looked for {Path(source).resolve()})"
-        raise DataError(f"{key}: {source} does not exist{where}")
+    try:
+        _files(source)
+    except DataError as error:
+        where = "" if storage.is_s3(source) else f" (looked for {Path(source).expanduser().resolve()})"
+        raise DataError(f"{key}: {error}{where}") from None
 
 
-def read_rows(source: str, *, key: str, seed: int) -> list[Row]:
-    """All rows of a source, in order.
+def read_rows(source: str, *, key: str, seed: int, wanted: str) -> list[Row]:
+    """All rows of a source, in order, in the form of records.py that is `wanted`.
 
     Raises:
-        DataError: empty, or names the file and line that is not a record.
+        DataError: empty, or names the file and line whose record is not what is wanted.
     """
-    if not is_file(source):
-        rows = list(resolve(source, key=key)(seed))
-    elif source.endswith(".parquet"):
-        rows = _parquet_rows(source, key)
-    else:
-        rows = list(_jsonl_rows(source, key))
+    files = Source(source, key=key) if is_file(source) else None
+    records = files.in_order() if files else _function_records(source, key, seed)
+    rows: list[Row] = []
+    formats: dict[frozenset[str], Format] = {}  # a file may mix records; each set of columns is looked at once
+    for block, number, record in records:
+        try:
+            if isinstance(record, RowError):
+                raise record
+            if not isinstance(record, dict):
+                raise RowError("not_a_record", f"expected a record, got {type(record).__name__}")
+            columns = frozenset(column for column in record if record[column] is not None)
+            if columns not in formats:
+                formats[columns] = detect(record, wanted=wanted).format
+            rows.append(convert(record, formats[columns], wanted=wanted))
+            check_row(rows[-1], wanted=wanted)
+        except DataError as error:
+            where = files.where(block, number) if files else f"{source}, row {number}"
+            raise DataError(f"{key}: {where}: {error}") from None
     if not rows:
         raise DataError(f"{key}: {source} has no rows")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{key}: {source}, row {number}: expected a record, got {type(row).__name__}")
     return rows
-
-
-def row_messages(row: Row) -> list[dict[str, Any]]:
-    """The conversation of a row: its `messages`, or its `prompt` as one user message.
-
-    Raises:
-        DataError: it has neither, or messages that are not a list of mappings.
-    """
-    messages = row.get("messages")
-    if messages is None and isinstance(row.get("prompt"), str):
-        return [{"role": "user", "content": row["prompt"]}]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"neither `messages` nor `prompt`; found keys {sorted(row)}")
-    if not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"messages must be mappings with role and content, got {str(messages)[:200]}")
-    return messages
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
@@ -98,21 +181,26 @@ def stored_rows(path: Path) -> list[Row]:
     return [json.loads(value.as_py()) for value in column]
 
 
-def _parquet_rows(source: str, key: str) -> list[Row]:
-    data = io.BytesIO(storage.read_bytes(source))
-    try:
-        return pq.read_table(data, page_checksum_verification=True).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:  # a page's checksum is an OSError
-        raise DataError(f"{key}: {source} is not a whole Parquet file: {error}") from None
+def _function_records(source: str, key: str, seed: int) -> Iterator[tuple[int, int, Any]]:
+    for number, record in enumerate(resolve(source, key=key)(seed)):
+        yield 0, number, record
 
 
-def _jsonl_rows(source: str, key: str) -> Iterator[Row]:
-    for number, line in enumerate(storage.read_bytes(source).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{key}: {source}:{number}: byte {error.start} is not UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{key}: {source}:{number}: not JSON: {error}") from None
+def _files(uri: str) -> list[File]:
+    """The data files below a URI. A Hugging Face dataset names its own, among cache files that are not data."""
+    if storage.exists(storage.join(uri, "dataset_dict.json")):
+        splits = json.loads(storage.read_bytes(storage.join(uri, "dataset_dict.json"))).get("splits", [])
+        raise DataError(f"{uri} holds the splits {', '.join(splits)}; name one of them: {uri.rstrip('/')}/{splits[0]}")
+    files = list_files(uri, suffixes=SUFFIXES)
+    state_file = storage.join(uri, "state.json")
+    if not storage.exists(state_file):
+        return files
+    state = json.loads(storage.read_bytes(state_file))
+    if state.get("_indices_data_files"):
+        raise DataError(f"{uri} is a selection of another dataset's rows; call flatten_indices() before saving it")
+    named = [entry["filename"] for entry in state.get("_data_files", [])]
+    below = {file.uri.rsplit("/", 1)[-1]: file for file in files}
+    missing = [name for name in named if name not in below]
+    if missing:
+        raise DataError(f"{uri}: state.json names {missing[0]}, which is not there; save the dataset again")
+    return [below[name] for name in named]

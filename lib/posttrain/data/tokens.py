@@ -11,31 +11,28 @@ import pyarrow.parquet as pq
 
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
-from posttrain.data.source import row_messages
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Row, Sample
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RowError
 
 PROVED_ROWS = 256
 """Rows whose prompt is rendered a second time, to prove that it is served as it was trained."""
 
 
 def tokenize_conversations(rows: Sequence[Row], tokenizer: BaseHFModelTokenizer, *, key: str) -> list[Sample]:
-    """Rows with `messages` become Samples.
+    """Conversations become Samples; a message's `weight` multiplies its loss.
 
     Raises:
-        DataError: names the row whose messages are missing, train no token, or would be
-            served otherwise than trained.
+        DataError: names the row that trains no token, or would be served otherwise than trained.
     """
     samples = []
-    for number, row in enumerate(rows):
-        if not isinstance(row.get("messages"), list):
-            raise DataError(f"{key}, row {number}: no list under `messages`; found keys {sorted(row)}")
+    for number, (row, encoded) in enumerate(zip(rows, tokenizer.conversations(rows, "weights"), strict=True)):
         try:
-            ids, mask = tokenizer.conversation(row["messages"])
-            samples.append(shift(ids, [float(m) for m in mask]))
+            if isinstance(encoded, RowError):
+                raise encoded
+            samples.append(shift(encoded.token_ids, encoded.loss_mask))
             if number < PROVED_ROWS:
-                tokenizer.check_no_skew(row["messages"])
+                tokenizer.check_no_skew(row["messages"], row.get("tools"))
         except DataError as error:
             raise DataError(f"{key}, row {number}: {error}") from None
     return samples
@@ -44,27 +41,22 @@ def tokenize_conversations(rows: Sequence[Row], tokenizer: BaseHFModelTokenizer,
 def tokenize_prompts(
     rows: Sequence[Row], tokenizer: BaseHFModelTokenizer, *, key: str, max_prompt_tokens: int
 ) -> list[tuple[int, ...]]:
-    """Rows with `messages` or `prompt` become prompt ids.
+    """Prompts become ids, the opening of the assistant's turn included.
 
     Raises:
-        DataError: names the row that has neither, ends with an assistant turn, cannot be
-            rendered, or is longer than the limit.
+        DataError: names the row that ends with an assistant turn, cannot be rendered, or is
+            longer than the limit.
     """
     prompts = []
-    for number, row in enumerate(rows):
-        try:
-            messages = row_messages(row)
-            if messages[-1].get("role") == "assistant":
-                raise DataError("the prompt ends with an assistant turn, which would give the answer away; remove it")
-            ids = tokenizer.prompt(messages)
-        except DataError as error:
-            raise DataError(f"{key}, row {number}: {error}") from None
+    for number, ids in enumerate(tokenizer.prompts(rows)):
+        if isinstance(ids, RowError):
+            raise DataError(f"{key}, row {number}: {ids}")
         if len(ids) > max_prompt_tokens:
             raise DataError(
                 f"{key}, row {number}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
                 f"{max_prompt_tokens}; raise it or shorten the prompt"
             )
-        prompts.append(tuple(ids))
+        prompts.append(tuple(ids.tolist()))
     return prompts
 
 

@@ -1,5 +1,8 @@
 """Files and functions become rows; what is no row is named by file and line."""
 
+import json
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -7,14 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain import storage
-from posttrain.data.source import check_source, read_rows, stored_rows, write_rows
+from posttrain.data.shards import LINES_BYTES
+from posttrain.data.source import HELD_BYTES, Source, check_source, read_rows, stored_rows, write_rows
 from posttrain.errors import ConfigError, DataError
 
-ROWS = [{"prompt": "sort 21", "answer": "12"}, {"prompt": "ä\u2028", "answer": None}]
+RECORDS = [{"prompt": "sort 21", "answer": "12"}, {"prompt": "ä\u2028", "answer": None}]
+ROWS = [
+    {"messages": [{"role": "user", "content": "sort 21"}], "answer": "12"},
+    {"messages": [{"role": "user", "content": "ä\u2028"}], "answer": None},
+]
 JSONL = '{"prompt": "sort 21", "answer": "12"}\n\n{"prompt": "ä\u2028", "answer": null}\r\n'.encode()
 
 
-def rows_from_a_seed(seed):
+def records_from_a_seed(seed):
     return ({"prompt": f"{seed}-{number}"} for number in range(2))
 
 
@@ -26,8 +34,8 @@ def not_rows(seed):
     return [{"prompt": "x"}, "y"]
 
 
-def read(source, *, seed=0):
-    return read_rows(source, key="data.prompts", seed=seed)
+def read(source, *, seed=0, wanted="prompt"):
+    return read_rows(source, key="data.prompts", seed=seed, wanted=wanted)
 
 
 def parquet_bytes(rows):
@@ -44,19 +52,23 @@ def test_jsonl_becomes_rows_in_order(root_uri):
 
 def test_parquet_becomes_rows_in_order(root_uri):
     source = storage.join(root_uri, "rows.parquet")
-    storage.write_bytes(source, parquet_bytes(ROWS))
+    storage.write_bytes(source, parquet_bytes(RECORDS))
     assert read(source) == ROWS
 
 
 def test_a_function_is_called_with_the_seed():
-    assert read(f"{__name__}:rows_from_a_seed", seed=7) == [{"prompt": "7-0"}, {"prompt": "7-1"}]
+    asked = [row["messages"][0]["content"] for row in read(f"{__name__}:records_from_a_seed", seed=7)]
+    assert asked == ["7-0", "7-1"]
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b'{"prompt": ', "rows.jsonl:3: not JSON: "),
-        (b'{"prompt": "\xff"}', "rows.jsonl:3: byte 12 is not UTF-8"),
+        (b'{"prompt": ', "rows.jsonl:3: not a JSON record: "),
+        (b'{"prompt": "\xff"}', "rows.jsonl:3: byte 12 of the line is not UTF-8 (ff 22 7d)"),
+        (b" ", "rows.jsonl:3: not a JSON record: "),
+        (b'{"answer": "12"}', "rows.jsonl:3: "),
+        (b'{"prompt": 12}', "rows.jsonl:3: "),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, problem):
@@ -68,19 +80,19 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, problem):
 
 @pytest.mark.parametrize("line", [b"[1]", b'"text"', b"3", b"null"])
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
-    (tmp_path / "rows.jsonl").write_bytes(b"{}\n" + line)
-    with pytest.raises(DataError, match="row 1: expected a record, got"):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "x"}\n' + line)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: expected a JSON object, got"):
         read(str(tmp_path / "rows.jsonl"))
 
 
 def test_what_a_function_returns_is_checked_too():
-    with pytest.raises(DataError, match="not_rows, row 1: expected a record, got str"):
+    with pytest.raises(DataError, match=r"not_rows, row 1: expected a record, got str"):
         read(f"{__name__}:not_rows")
 
 
 def test_no_rows_are_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(b"\n \n")
-    (tmp_path / "rows.parquet").write_bytes(parquet_bytes(ROWS[:0]))
+    (tmp_path / "rows.jsonl").write_bytes(b"\n\r\n")
+    (tmp_path / "rows.parquet").write_bytes(parquet_bytes(RECORDS[:0]))
     for source in (tmp_path / "rows.jsonl", tmp_path / "rows.parquet", f"{__name__}:no_rows"):
         with pytest.raises(DataError, match=f"^data.prompts: {source} has no rows"):
             read(str(source))
@@ -92,7 +104,9 @@ def test_a_damaged_parquet_file_is_refused_by_name(tmp_path):
     flipped = whole[:place] + b"Q" + whole[place + 1 :]
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:place] + whole[place + 9 :], flipped, b""):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"^data.prompts: {path} is not a whole Parquet file: "):
+        with pytest.raises(
+            DataError, match=f"^data.prompts: {path}(, block 0: its bytes are damaged| is not a whole Parquet file): "
+        ):
             read(str(path))
 
 
@@ -114,23 +128,24 @@ def test_a_source_is_checked_without_being_read(root_uri):
     source = storage.join(root_uri, "rows.jsonl")
     storage.write_bytes(source, b"not JSON, and not looked at")
     check_source(source, key="data.prompts")
-    check_source(f"{__name__}:rows_from_a_seed", key="data.prompts")
+    check_source(f"{__name__}:records_from_a_seed", key="data.prompts")
 
 
 def test_a_source_that_does_not_exist_is_refused_with_the_place_looked_at(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=r"^data\.prompts: .*nowhere\.jsonl") as error:
         check_source("nowhere.jsonl", key="data.prompts")
-    assert str(error.value) == f"data.prompts: nowhere.jsonl does not exist (looked for {tmp_path / 'nowhere.jsonl'})"
+    assert f"(looked for {tmp_path / 'nowhere.jsonl'})" in str(error.value)
 
 
 def test_a_missing_object_on_s3_is_refused(s3_bucket):
-    with pytest.raises(DataError, match=f"data.prompts: {s3_bucket}/rows.jsonl does not exist$"):
+    with pytest.raises(DataError, match=rf"^data\.prompts: {s3_bucket}/rows\.jsonl"):
         check_source(f"{s3_bucket}/rows.jsonl", key="data.prompts")
 
 
 def test_an_unknown_file_type_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(DataError, match=r"rows\.csv: known file types are \.jsonl, \.parquet"):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"rows\.csv.*\.jsonl.*\.parquet.*\.arrow"):
         check_source(str(tmp_path / "rows.csv"), key="data.prompts")
 
 
@@ -144,3 +159,105 @@ def test_a_row_that_json_cannot_hold_is_named(tmp_path):
 
     with pytest.raises(DataError, match=r"data\.rows, row 1: .*date is not JSON serializable"):
         write_rows([{"a": 1}, {"when": date(2026, 1, 1)}], tmp_path / "rows.parquet")
+
+
+def arrow_stream(records, path):
+    """As Hugging Face datasets write their files: a stream of record batches."""
+    table = pa.Table.from_pylist(records)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+def arrow_file(records, path):
+    table = pa.Table.from_pylist(records)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+def parquet(records, path):
+    pq.write_table(pa.Table.from_pylist(records), path, row_group_size=7, write_page_checksum=True)
+
+
+def jsonl(records, path):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+WRITERS = {"rows.jsonl": jsonl, "rows.parquet": parquet, "rows.arrow": arrow_file, "stream.arrow": arrow_stream}
+MANY = [{"prompt": f"question {n}", "answer": n} for n in range(40)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_file_type_is_read_at_any_place(tmp_path, name):
+    WRITERS[name](MANY, tmp_path / name)
+    source = Source(str(tmp_path / name), key="data.prompts")
+    blocks = np.repeat(np.arange(len(source.block_rows)), source.block_rows)
+    rows = np.concatenate([np.arange(count) for count in source.block_rows])
+    assert source.num_rows == len(MANY) == len(rows)
+    order = np.random.default_rng(0).permutation(len(MANY))
+    assert source.records(blocks[order], rows[order]) == [MANY[place] for place in order]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_file_type_is_read_from_s3(tmp_path, s3_bucket, name):
+    WRITERS[name](MANY, tmp_path / name)
+    storage.write_bytes(f"{s3_bucket}/data/{name}", (tmp_path / name).read_bytes())
+    here, there = (Source(uri, key="data.prompts") for uri in (str(tmp_path), f"{s3_bucket}/data"))
+    assert [record for _, _, record in there.in_order()] == MANY
+    assert here.fingerprint == there.fingerprint
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_cut_short_is_refused_by_name(tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](MANY, path)
+    path.write_bytes(path.read_bytes()[:-70])
+    with pytest.raises(DataError, match=rf"^data\.prompts: {path}"):
+        read(str(path))
+
+
+def test_the_fingerprint_follows_the_contents(tmp_path):
+    prints = set()
+    for number, records in enumerate([MANY, MANY[::-1], MANY[:-1]]):
+        for name, write in WRITERS.items():
+            path = tmp_path / str(number) / name
+            path.parent.mkdir(exist_ok=True)
+            write(records, path)
+            prints.add(Source(str(path), key="x").fingerprint)
+            assert Source(str(path), key="y").fingerprint in prints
+    assert len(prints) == 3 * len(WRITERS)
+
+
+def test_a_folder_is_the_rows_of_its_files_in_the_order_of_their_names(tmp_path):
+    jsonl(MANY[20:], tmp_path / "b.jsonl")
+    parquet(MANY[:20], tmp_path / "a.parquet")
+    assert [record for _, _, record in Source(str(tmp_path), key="x").in_order()] == MANY
+    globbed = Source(str(tmp_path / "*.parquet"), key="x")
+    assert [record for _, _, record in globbed.in_order()] == MANY[:20]
+
+
+def test_lines_are_cut_into_blocks_without_loss_whatever_their_length(tmp_path):
+    records = [{"prompt": "x" * length} for length in (10, 3 * LINES_BYTES, 5, LINES_BYTES, 7)]
+    jsonl(records, tmp_path / "rows.jsonl")
+    source = Source(str(tmp_path / "rows.jsonl"), key="x")
+    assert len(source.block_rows) > 1
+    assert [record for _, _, record in source.in_order()] == records
+    assert source.where(len(source.block_rows) - 1, int(source.block_rows[-1]) - 1).endswith("rows.jsonl:5")
+
+
+def test_a_dataset_saved_by_hugging_face_is_read_and_its_splits_must_be_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_list(MANY)
+    datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "train" / "cache-1.arrow").write_bytes(b"not data")
+    found = Source(str(tmp_path / "saved" / "train"), key="x")
+    assert [record for _, _, record in found.in_order()] == MANY
+    with pytest.raises(DataError, match=r"holds the splits train; name one of them: .*/saved/train"):
+        Source(str(tmp_path / "saved"), key="x")
+
+
+def test_a_source_keeps_no_more_blocks_than_its_bound(tmp_path):
+    big = [{"prompt": "x" * (HELD_BYTES // 8)} for _ in range(20)]
+    jsonl(big, tmp_path / "rows.jsonl")
+    source = Source(str(tmp_path / "rows.jsonl"), key="x")
+    for _ in source.in_order():
+        assert source.block_bytes[list(source._held)].sum() <= HELD_BYTES

@@ -36,8 +36,8 @@ def test_a_conversation_becomes_a_sample_that_trains_its_answer(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x", "id": 1}, r"no list under `messages`; found keys \['id', 'text'\]"),
-        ({"messages": "sort 21"}, "no list under `messages`"),
+        ({"text": "x", "id": 1}, "messages are missing"),
+        ({"messages": "sort 21"}, "messages"),
         (QUESTION, r"no trained token in a conversation with roles \['user'\]"),
         ({"messages": [{"role": "assistant"}]}, "content"),
         ({"messages": [{"role": "assistant", "content": None}]}, "None"),
@@ -49,14 +49,15 @@ def test_a_row_that_trains_nothing_is_named(tokenizer, row, message):
         tokenize_conversations([GOOD, row], tokenizer, key="data.demonstrations")
 
 
-def test_a_prompt_may_be_messages_or_text(tokenizer):
-    found = tokenize_prompts([QUESTION, {"prompt": "sort 21"}], tokenizer, key="data.prompts", max_prompt_tokens=64)
-    assert found == [tuple(tokenizer.prompt(QUESTION["messages"]))] * 2
+def test_a_message_of_weight_zero_is_not_trained(tokenizer):
+    turns = [GOOD["messages"][0], {"role": "assistant", "content": "9", "weight": 0}, *GOOD["messages"]]
+    (sample,) = tokenize_conversations([{"messages": turns}], tokenizer, key="data.demonstrations")
+    assert tokenizer.hf.decode(sample.target_ids[sample.loss_mask > 0]) == "12<|im_end|>"
 
 
 def test_a_prompt_of_exactly_the_limit_is_accepted_and_one_token_more_is_named_with_the_limit(tokenizer):
     length = len(tokenizer.prompt(QUESTION["messages"]))
-    longer = {"prompt": "sort 213"}
+    longer = {"messages": [{"role": "user", "content": "sort 213"}]}
     tokenize_prompts([QUESTION], tokenizer, key="data.prompts", max_prompt_tokens=length)
     with pytest.raises(DataError) as error:
         tokenize_prompts([QUESTION, longer], tokenizer, key="data.prompts", max_prompt_tokens=length)

@@ -1,0 +1,256 @@
+"""One file of records, indexed into blocks that can be read on their own: JSONL, Parquet, Arrow.
+
+A block is a Parquet row group, an Arrow record batch, or some megabytes of JSON lines. The
+index costs a footer (Parquet), the batches' headers (Arrow files) or one pass that counts
+lines (JSONL, Arrow streams).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from posttrain.data.files import File, open_file
+from posttrain.errors import DataError, RowError
+
+SUFFIXES = (".jsonl", ".parquet", ".arrow")
+
+LINES_BYTES = 2 * 1024 * 1024
+"""About the size of a block of JSON lines."""
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+_BLANK = re.compile(rb"\n\r?\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A part of a shard that is read at once."""
+
+    rows: int
+    bytes: int
+    """In memory, about."""
+    offset: int
+    """Where its bytes begin in the file."""
+    length: int
+    """How many bytes of the file it takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One indexed file."""
+
+    file: File
+    fingerprint: str
+    """Depends on the contents, not on where or when the file was written."""
+    blocks: tuple[Block, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(block.rows for block in self.blocks)
+
+
+def index(file: File) -> Shard:
+    """Find the blocks of a file.
+
+    Raises:
+        DataError: the file is truncated, damaged, or not what its name says.
+    """
+    try:
+        if file.uri.endswith(".parquet"):
+            return _index_parquet(file)
+        if file.uri.endswith(".arrow"):
+            return _index_arrow(file)
+        return _index_lines(file)
+    except (pa.ArrowException, EOFError) as error:
+        kind = file.uri.rsplit(".", 1)[-1]
+        raise DataError(f"{file.uri} is not a whole {kind} file: {error}; write it again") from None
+    except OSError as error:
+        raise DataError(f"{file.uri} cannot be read: {error}") from None
+
+
+class Reader:
+    """Reads the blocks of one shard; keeps the file open."""
+
+    def __init__(self, shard: Shard):
+        self.shard = shard
+        self._raw = open_file(shard.file)
+        self._parquet: pq.ParquetFile | None = None
+        self._arrow: pa.RecordBatchFileReader | None = None
+
+    def read(self, block: int) -> "Records":
+        """The records of a block.
+
+        Raises:
+            DataError: the bytes are damaged (a page's checksum differs, a batch does not decode).
+        """
+        uri = self.shard.file.uri
+        try:
+            if uri.endswith(".parquet"):
+                self._parquet = self._parquet or pq.ParquetFile(self._raw, page_checksum_verification=True)
+                return self._parquet.read_row_group(block, use_threads=False)
+            if uri.endswith(".arrow"):
+                return pa.Table.from_batches([self._batch(block)])
+        except (pa.ArrowException, OSError) as error:  # a page's checksum is an OSError
+            raise DataError(f"{uri}, block {block}: its bytes are damaged: {error}; write the file again") from None
+        at = self.shard.blocks[block]
+        self._raw.seek(at.offset)
+        return _lines(self._raw.read(at.length))
+
+    def read_ahead(self, block: int) -> None:
+        """Begin to fetch a block's bytes, where that takes time."""
+        prefetch = getattr(self._raw, "prefetch", None)
+        if prefetch is not None:
+            at = self.shard.blocks[block]
+            prefetch(at.offset, at.length)
+
+    def _batch(self, block: int) -> pa.RecordBatch:
+        if self._arrow is None and _is_arrow_file(self._raw):
+            self._arrow = pa.ipc.open_file(self._raw)
+        if self._arrow is not None:
+            return self._arrow.get_batch(block)
+        self._raw.seek(0)
+        schema = pa.ipc.read_schema(pa.PythonFile(self._raw, mode="r"))
+        self._raw.seek(self.shard.blocks[block].offset)
+        return pa.ipc.read_record_batch(pa.ipc.read_message(pa.PythonFile(self._raw, mode="r")), schema)
+
+
+Records = pa.Table | list[bytes]
+"""The rows of a block, not yet Python objects."""
+
+
+def take(records: Records, rows: Sequence[int]) -> list[dict[str, Any] | RowError]:
+    """Some rows of a block as Python values; a row that is no record comes back as the error it is."""
+    if isinstance(records, list):
+        return [_parse(records[row]) for row in rows]
+    return records.take(pa.array(rows, pa.int64())).to_pylist()
+
+
+def line_number(shard: Shard, block: int, row: int) -> int:
+    """Line, from 1, of a row of a JSONL shard; reads the file up to it, so only for errors."""
+    at = shard.blocks[block]
+    with open_file(shard.file) as raw:
+        before, left = 0, at.offset
+        while left > 0:
+            data = raw.read(min(left, LINES_BYTES))
+            before, left = before + data.count(b"\n"), left - len(data)
+        lines = raw.read(at.length).split(b"\n")
+    numbers = [number for number, line in enumerate(lines, start=before + 1) if line not in (b"", b"\r")]
+    return numbers[row]
+
+
+def _parse(line: bytes) -> dict[str, Any] | RowError:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        found = line[error.start : error.start + 4].hex(" ")
+        return RowError("not_utf8", f"byte {error.start} of the line is not UTF-8 ({found}); save the file as UTF-8")
+    except (json.JSONDecodeError, RecursionError) as error:
+        shown = line[:80].decode("utf-8", "replace")
+        return RowError("not_json", f"not a JSON record: {error}; the line begins {shown!r}")
+    if not isinstance(record, dict):
+        return RowError("not_a_record", f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _index_parquet(file: File) -> Shard:
+    with open_file(file) as raw:
+        raw.seek(max(0, file.size - 8))
+        tail = raw.read(8)
+        if len(tail) < 8 or tail[4:] != b"PAR1":
+            raise DataError(f"{file.uri} is not a whole Parquet file: it ends without its footer; write it again")
+        raw.seek(max(0, file.size - 8 - int.from_bytes(tail[:4], "little")))
+        footer = raw.read()
+        meta = pq.ParquetFile(raw).metadata
+        blocks = []
+        for number in range(meta.num_row_groups):
+            group = meta.row_group(number)
+            columns = [group.column(c) for c in range(group.num_columns)]
+            first = min((c.dictionary_page_offset or c.data_page_offset for c in columns), default=0)
+            length = sum(c.total_compressed_size for c in columns)
+            blocks.append(Block(rows=group.num_rows, bytes=group.total_byte_size, offset=first, length=length))
+    return Shard(file=file, fingerprint=hashlib.sha256(footer).hexdigest(), blocks=tuple(b for b in blocks if b.rows))
+
+
+def _index_arrow(file: File) -> Shard:
+    """Arrow IPC, file or stream format; Hugging Face datasets write streams."""
+    blocks, chain = [], hashlib.sha256()
+    with open_file(file) as raw:
+        if _is_arrow_file(raw):
+            reader = pa.ipc.open_file(raw)
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            blocks = [Block(rows=b.num_rows, bytes=b.nbytes, offset=0, length=0) for b in batches]
+            chain.update(str(reader.schema).encode())
+        else:
+            stream = pa.PythonFile(raw, mode="r")
+            schema = pa.ipc.read_schema(stream)
+            chain.update(str(schema).encode())
+            while (at := raw.tell()) < file.size - len(_END_OF_STREAM):
+                message = pa.ipc.read_message(stream)
+                if message.type != "record batch":
+                    raise DataError(f"{file.uri}: holds a {message.type}; write it without dictionary columns")
+                batch = pa.ipc.read_record_batch(message, schema)
+                blocks.append(Block(rows=batch.num_rows, bytes=batch.nbytes, offset=at, length=raw.tell() - at))
+            if raw.read() != _END_OF_STREAM:
+                raise DataError(f"{file.uri} is not a whole arrow file: its stream has no end; write it again")
+    chain.update(repr([(b.rows, b.bytes) for b in blocks]).encode())
+    chain.update(_ends(file))
+    return Shard(file=file, fingerprint=chain.hexdigest(), blocks=tuple(b for b in blocks if b.rows))
+
+
+def _is_arrow_file(raw: Any) -> bool:
+    raw.seek(0)
+    magic = raw.read(6)
+    raw.seek(0)
+    return magic == b"ARROW1"
+
+
+def _index_lines(file: File) -> Shard:
+    """Cut JSON lines into blocks at line ends, counting lines. Blank lines do not count."""
+    blocks, start, kept = [], 0, b""
+    with open_file(file) as raw:
+        while True:
+            data = raw.read(LINES_BYTES)
+            cut = data.rfind(b"\n") + 1 if data else 0
+            if data and not cut:
+                kept += data
+                continue
+            piece = kept + data[:cut]
+            if piece:
+                blocks.append(Block(rows=_count(piece), bytes=len(piece), offset=start, length=len(piece)))
+            start, kept = start + len(piece), data[cut:]
+            if not data:
+                break
+    chain = hashlib.sha256(repr([(b.rows, b.bytes) for b in blocks]).encode())
+    chain.update(_ends(file))
+    return Shard(file=file, fingerprint=chain.hexdigest(), blocks=tuple(b for b in blocks if b.rows))
+
+
+def _ends(file: File, size: int = 65536) -> bytes:
+    """The first and last bytes of a file."""
+    with open_file(file) as raw:
+        head = raw.read(size)
+        raw.seek(max(0, file.size - size))
+        return head + raw.read(size)
+
+
+def _count(data: bytes) -> int:
+    if _has_blank_line(data):
+        return len(_lines(data))
+    return data.count(b"\n") + (not data.endswith(b"\n"))
+
+
+def _lines(data: bytes) -> list[bytes]:
+    lines = data.split(b"\n")
+    if _has_blank_line(data):
+        return [line for line in lines if line not in (b"", b"\r")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _has_blank_line(data: bytes) -> bool:
+    return data[:1] in b"\r\n" or _BLANK.search(data) is not None  # the regex is three times as fast as `in`
