@@ -65,12 +65,14 @@ class Model(Section):
 
 
 class Data(Section):
-    """Rows: a .jsonl or .parquet file (local or s3://), or `package.module:function` called with the seed."""
+    """Rows: .jsonl, .parquet or .arrow files (one, a folder, a glob or a dataset saved by Hugging Face; local or
+    s3://), or `package.module:function` called with the seed. Common record formats are recognised by their columns:
+    messages, prompt and completion, ShareGPT, alpaca."""
 
     demonstrations: str | None = None
-    """Rows with `messages` that end in an assistant turn, for the SFT warm-up."""
+    """Conversations that end in an assistant turn, for the SFT warm-up."""
     prompts: str
-    """Rows with `messages` or `prompt`, and whatever fields the reward reads."""
+    """Rows with `messages` or `prompt`, and whatever fields the reward reads; a `prompt` becomes `messages`."""
     held_out: str
     """Rows like prompts, never trained on; the evaluation."""
     max_prompt_tokens: int = Field(default=64, ge=1)
