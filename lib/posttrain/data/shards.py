@@ -109,6 +109,10 @@ class Reader:
             at = self.shard.blocks[block]
             prefetch(at.offset, at.length)
 
+    def close(self) -> None:
+        """Close the file."""
+        self._raw.close()
+
     def _batch(self, block: int) -> pa.RecordBatch:
         if self._arrow is None and _is_arrow_file(self._raw):
             self._arrow = pa.ipc.open_file(self._raw)

@@ -26,6 +26,9 @@ from posttrain.plugin import resolve
 HELD_BYTES = 64 * 1024 * 1024
 """Decoded blocks a source keeps: two groups of BlockOrder, the one being read and the next."""
 
+OPEN_FILES = 32
+"""Files a source keeps open; a set may have thousands, and a process may open about one."""
+
 
 class Source:
     """The records of a file, a folder, a Hugging Face dataset on disk, or a glob; local or s3://.
@@ -52,7 +55,7 @@ class Source:
         if not self.num_rows:
             raise DataError(f"{key}: {uri} has no rows")
         self.fingerprint = json_sha256([shard.fingerprint for shard in self.shards])
-        self._readers: dict[int, Reader] = {}
+        self._readers: OrderedDict[int, Reader] = OrderedDict()
         self._held: OrderedDict[int, Records] = OrderedDict()
 
     def records(self, blocks: np.ndarray, rows: np.ndarray) -> list[dict[str, Any] | RowError]:
@@ -92,6 +95,9 @@ class Source:
     def _reader(self, shard: int) -> Reader:
         if shard not in self._readers:
             self._readers[shard] = Reader(self.shards[shard])
+            if len(self._readers) > OPEN_FILES:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(shard)
         return self._readers[shard]
 
     def _block(self, block: int) -> Records:
@@ -188,9 +194,11 @@ def _function_records(source: str, key: str, seed: int) -> Iterator[tuple[int, i
 
 def _files(uri: str) -> list[File]:
     """The data files below a URI. A Hugging Face dataset names its own, among cache files that are not data."""
+    uri = uri if storage.is_s3(uri) else str(Path(uri).expanduser())
     if storage.exists(storage.join(uri, "dataset_dict.json")):
         splits = json.loads(storage.read_bytes(storage.join(uri, "dataset_dict.json"))).get("splits", [])
-        raise DataError(f"{uri} holds the splits {', '.join(splits)}; name one of them: {uri.rstrip('/')}/{splits[0]}")
+        one = splits[0] if splits else "train"
+        raise DataError(f"{uri} holds the splits {', '.join(splits)}; name one of them: {uri.rstrip('/')}/{one}")
     files = list_files(uri, suffixes=SUFFIXES)
     state_file = storage.join(uri, "state.json")
     if not storage.exists(state_file):

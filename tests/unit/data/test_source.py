@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from posttrain import storage
 from posttrain.data.shards import LINES_BYTES
-from posttrain.data.source import HELD_BYTES, Source, check_source, read_rows, stored_rows, write_rows
+from posttrain.data.source import HELD_BYTES, OPEN_FILES, Source, check_source, read_rows, stored_rows, write_rows
 from posttrain.errors import ConfigError, DataError
 
 RECORDS = [{"prompt": "sort 21", "answer": "12"}, {"prompt": "ä\u2028", "answer": None}]
@@ -261,3 +261,19 @@ def test_a_source_keeps_no_more_blocks_than_its_bound(tmp_path):
     source = Source(str(tmp_path / "rows.jsonl"), key="x")
     for _ in source.in_order():
         assert source.block_bytes[list(source._held)].sum() <= HELD_BYTES
+
+
+def test_a_source_of_many_files_keeps_few_of_them_open(tmp_path):
+    for number in range(2 * OPEN_FILES):
+        jsonl([{"prompt": str(number)}], tmp_path / f"{number:03}.jsonl")
+    source = Source(str(tmp_path), key="x")
+    for _ in range(2):
+        found = [record["prompt"] for _, _, record in source.in_order()]
+        assert found == [str(number) for number in range(2 * OPEN_FILES)]
+    assert len(source._readers) == OPEN_FILES
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jsonl(MANY, tmp_path / "rows.jsonl")
+    assert Source("~/rows.jsonl", key="x").num_rows == len(MANY)
