@@ -45,8 +45,9 @@ def list_files(uri: str, *, suffixes: tuple[str, ...]) -> list[File]:
     if files:
         return files
     others = f"; there are {len(found)} other files, as {found[0].uri}" if found else ""
+    here = not found and not any(sign in uri for sign in "*?[") and (storage.is_s3(uri) or not os.path.exists(uri))
     raise DataError(
-        f"{uri}: no file found that ends in {', '.join(suffixes)}{others}. "
+        f"{uri} {'does not exist' if here else 'holds no file that ends in ' + ', '.join(suffixes)}{others}. "
         "Fix: name an existing file, folder or glob (*, ?, [ab], **), on disk or s3://"
     )
 

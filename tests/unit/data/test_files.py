@@ -91,9 +91,11 @@ def test_nothing_found_is_an_error_that_says_what_was_looked_for(root_uri):
     write_tree(root_uri, TREE)
     for name in ("absent", "absent/*.jsonl", "c.txt", "*.txt", "sub/a"):
         uri = storage.join(root_uri, name)
-        with pytest.raises(DataError, match=r"no file found that ends in \.jsonl, \.parquet") as error:
+        with pytest.raises(DataError, match="Fix: name an existing file, folder or glob") as error:
             list_files(uri, suffixes=SUFFIXES)
-        assert str(error.value).startswith(f"{uri}: ")
+        missing = name in ("absent", "sub/a")
+        looked_for = "does not exist" if missing else "holds no file that ends in .jsonl, .parquet"
+        assert str(error.value).startswith(f"{uri} {looked_for}")
         assert ("1 other files, as " in str(error.value)) == name.endswith(".txt")
 
 
