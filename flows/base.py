@@ -199,6 +199,9 @@ class PostTrainFlow(FlowSpec):
 
 def main(flow: type[FlowSpec]) -> None:
     """Run a flow from the command line; see posttrain.overrides for --config and --config-value."""
+    # Metaflow starts the further nodes of a gang on one machine as `python`; that must be this Python, with or
+    # without an activated environment.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if get_username() is None:  # root, or a container without a user name: Metaflow would refuse
         os.environ["USERNAME"] = "posttrain"
     sys.path.append(os.getcwd())  # a plug-in may lie where the run is started; last, so that it hides nothing

@@ -137,7 +137,13 @@ def test_resume_from_a_step_keeps_what_came_before(finished: Path, step: str):
 @pytest.mark.slow
 def test_a_gang_of_two_nodes_trains_in_one_ray_cluster(tmp_path: Path):
     # Metaflow runs the two nodes of a @parallel step as two processes of this machine, each with a Ray daemon.
-    done = flow(tmp_path, *overrides(**{"parallel.nodes": 2}), "run", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    # The environment is not activated: `python` on the path is another one, without Metaflow.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    token = secrets.token_hex(32)
+    done = flow(tmp_path, *overrides(**{"parallel.nodes": 2}), "run", RAY_AUTH_TOKEN=token, PATH=path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "gang" in done.stdout and "train_nodes" in done.stdout and "gather" in done.stdout
     assert "grpo 6/6" in done.stdout and "exported model: " in done.stdout

@@ -20,6 +20,8 @@ from posttrain.errors import ComputeError
 
 DONE = b"done"
 
+LOOPBACK = "127.0.0.1"
+
 LOCAL_JOIN_S = 120.0
 """For nodes that are processes of this machine, started together: seconds, not a scheduler's half hour."""
 
@@ -30,7 +32,7 @@ class Gang:
 
     num_nodes: int = 1
     node_index: int = 0
-    main_ip: str = "127.0.0.1"
+    main_ip: str = LOOPBACK
     key: str = ""
     """Same on every node of this attempt, different for any other run: run/step/attempt."""
 
@@ -70,7 +72,7 @@ def _cluster(gang: Gang, num_cpus: int, num_gpus: int, join_timeout_s: float) ->
     if "RAY_AUTH_TOKEN" not in os.environ:
         raise ComputeError("several nodes need one RAY_AUTH_TOKEN in the environment of all, from a secret")
     join = _head if gang.node_index == 0 else _worker
-    if gang.main_ip == Gang.main_ip:
+    if gang.main_ip == LOOPBACK:
         join_timeout_s = min(join_timeout_s, LOCAL_JOIN_S)
     with join(gang, join_timeout_s, [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]):
         yield gang.node_index == 0
