@@ -39,3 +39,20 @@ def root_uri(request, tmp_path):
     if request.param == "disk":
         return str(tmp_path / "root")
     return request.getfixturevalue("s3_bucket") + "/root"
+
+
+@pytest.fixture(scope="module")
+def one_proxy(s3_server):
+    """A proxy before the S3 server, for all tests of a file."""
+    from faulty_s3 import FaultyS3
+
+    with FaultyS3(s3_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(s3_bucket, one_proxy, monkeypatch):
+    """The way to the S3 server for this test: it can be told to break GETs, and logs those that reach the store."""
+    monkeypatch.setenv("METAFLOW_S3_ENDPOINT_URL", one_proxy.address)
+    one_proxy.reset()
+    return one_proxy

@@ -29,19 +29,6 @@ RECOVERABLE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def one_proxy(s3_server):
-    with FaultyS3(s3_server) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(s3_bucket, one_proxy, monkeypatch):
-    monkeypatch.setenv("METAFLOW_S3_ENDPOINT_URL", one_proxy.address)
-    one_proxy.reset()
-    return one_proxy
-
-
 @pytest.fixture
 def listed(s3_bucket, proxy):
     storage.write_bytes(f"{s3_bucket}/data.bin", DATA)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from posttrain import storage
 from posttrain.data.files import File, list_files
-from posttrain.data.records import Format, check_row, convert, detect
+from posttrain.data.row_reader import RowReader
 from posttrain.data.shards import SUFFIXES, Reader, Records, index, line_number, take
 from posttrain.data.types import Row
 from posttrain.errors import DataError, RowError
@@ -143,19 +143,10 @@ def read_rows(source: str, *, key: str, seed: int, wanted: str) -> list[Row]:
     """
     files = Source(source, key=key) if is_file(source) else None
     records = files.in_order() if files else _function_records(source, key, seed)
-    rows: list[Row] = []
-    formats: dict[frozenset[str], Format] = {}  # a file may mix records; each set of columns is looked at once
+    rows, read = [], RowReader(wanted=wanted)
     for block, number, record in records:
         try:
-            if isinstance(record, RowError):
-                raise record
-            if not isinstance(record, dict):
-                raise RowError("not_a_record", f"expected a record, got {type(record).__name__}")
-            columns = frozenset(column for column in record if record[column] is not None)
-            if columns not in formats:
-                formats[columns] = detect(record, wanted=wanted).format
-            rows.append(convert(record, formats[columns], wanted=wanted))
-            check_row(rows[-1], wanted=wanted)
+            rows.append(read(record))
         except DataError as error:
             where = files.where(block, number) if files else f"{source}, row {number}"
             raise DataError(f"{key}: {where}: {error}") from None

@@ -13,7 +13,8 @@ from posttrain.data.encode import Encoder
 from posttrain.data.mixture import Mixture
 from posttrain.data.order import BlockOrder, permutation
 from posttrain.data.pack import pack
-from posttrain.data.records import Format, check_row, convert, detect
+from posttrain.data.records import Format
+from posttrain.data.row_reader import RowReader
 from posttrain.data.source import Source
 from posttrain.data.types import Pack, Row, Unit
 from posttrain.errors import DataError, RowError
@@ -65,9 +66,8 @@ class UnitSource:
             format: of every record; None detects it from each record's columns.
         """
         self.source, self.encoder = source, encoder
-        self.format, self.role_map = format, role_map or {}
+        self.read = RowReader(wanted=encoder.wanted, format=format, role_map=role_map)
         self.order = BlockOrder(source.block_rows, source.block_bytes, seed=seed, source=number)
-        self._formats: dict[frozenset[str], Format] = {}
 
     def units(self, positions: np.ndarray) -> list[list[Unit] | RowError]:
         """The units of draws `positions` [N] of this source; a RowError, with file and row, for one that has none."""
@@ -77,7 +77,7 @@ class UnitSource:
         good: list[tuple[int, Row]] = []
         for index, record in enumerate(self.source.records(blocks, rows)):
             try:
-                good.append((index, self._row(record)))
+                good.append((index, self.read(record)))
             except RowError as error:
                 found[index] = error
         encoded = self.encoder([row for _, row in good])
@@ -86,19 +86,6 @@ class UnitSource:
         if len(positions):
             self.source.read_ahead(self.order.group_after(int(positions[-1])).tolist())
         return [self._named(each, place) for each, place in zip(found, places, strict=True)]
-
-    def _row(self, record: dict | RowError) -> Row:
-        if isinstance(record, RowError):
-            raise record
-        wanted, format = self.encoder.wanted, self.format
-        if format is None:
-            columns = frozenset(column for column in record if record[column] is not None)
-            if columns not in self._formats:
-                self._formats[columns] = detect(record, wanted=wanted).format
-            format = self._formats[columns]
-        row = convert(record, format, wanted=wanted, role_map=self.role_map)
-        check_row(row, wanted=wanted)
-        return row
 
     def _named(self, found: list[Unit] | RowError | None, place: tuple[int, int]) -> list[Unit] | RowError:
         assert found is not None, "every record became units or an error"

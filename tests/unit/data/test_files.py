@@ -17,7 +17,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from faulty_s3 import FaultyS3
 from posttrain import storage
 from posttrain.data.chunk_cache import ChunkCache
 from posttrain.data.files import File, list_files, open_file
@@ -149,20 +148,6 @@ def test_a_file_on_disk_that_changed_or_went_since_it_was_listed_is_refused(tmp_
     path.unlink()
     with pytest.raises(DataError, match=r"a\.jsonl: cannot be opened: No such file"):
         open_file(file)
-
-
-@pytest.fixture(scope="module")
-def one_proxy(s3_server):
-    with FaultyS3(s3_server) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(s3_bucket, one_proxy, monkeypatch):
-    """A log of the GETs that reach the store."""
-    monkeypatch.setenv("METAFLOW_S3_ENDPOINT_URL", one_proxy.address)
-    one_proxy.reset()
-    return one_proxy
 
 
 @pytest.fixture
