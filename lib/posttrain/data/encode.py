@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from posttrain.data.masks import TrainOn
+from posttrain.data.record_checks import question_key
 from posttrain.data.sample import shift
 from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded
 from posttrain.data.types import Row, Unit
@@ -13,6 +14,10 @@ from posttrain.errors import DataError, RowError
 
 OverLong = Literal["error", "drop", "truncate", "split"]
 """What becomes of a unit that is longer than a pack."""
+
+MOST_UNKNOWN = 0.1
+"""Share of unknown tokens in a document. A rare character here and there stays far below; a text in a script that
+the vocabulary lacks lies far above, and would teach the model to write the unknown token."""
 
 CHOSEN_DROPS = ("too_long", "nothing_left")
 """Reasons that the user's own policy causes: counted, but not as bad rows."""
@@ -33,24 +38,34 @@ class Encoder:
         pack_tokens: int,
         over_long: OverLong = "error",
         train_on: TrainOn = "weights",
+        prove: int = 0,
     ):
         """
         Args:
             wanted: "conversation", "preference" or "text", as in records.py.
+            prove: of so many conversations, the first that come, the prompt is also rendered as it will be served and
+                compared with what is trained. (Of a pair it always is.)
         """
         if wanted == "preference" and over_long == "split":
             raise DataError("data.over_long: split cannot be used for pairs; choose error, drop or truncate")
         self.tokenizer, self.wanted = tokenizer, wanted
         self.train_on: TrainOn = train_on
         self.pack_tokens, self.over_long = pack_tokens, over_long
+        self._to_prove = prove if wanted == "conversation" else 0
+        steers = {*tokenizer.stop_ids, tokenizer.pad_id, tokenizer.hf.bos_token_id}
+        unknown: int | None = tokenizer.hf.unk_token_id
+        self.unknown_id = None if unknown in steers else unknown
+        """Id of what the vocabulary lacks; None also where it is the eos token by another name, as GPT-2's is."""
 
     def __call__(self, rows: Sequence[Row]) -> list[list[Unit] | RowError]:
-        """The units of each row, in order: one, or several when a long one is split.
+        """The units of each row, in order: one, or several when a long one is split. A RowError for a row without:
+        the tokenizer's, `no_trained_token`, `unknown_tokens`, or one of CHOSEN_DROPS.
 
         Raises:
-            DataError: a row is too long and the policy is "error"; shows how long the rows are.
+            DataError: a row is too long and the policy is "error"; shows how long the rows are. Or a prompt would be
+                served otherwise than it is trained.
         """
-        encoded = self._encode(rows)
+        encoded = [self._checked(row, each) for row, each in zip(rows, self._encode(rows), strict=True)]
         sizes = [sum(map(_size, each)) for each in encoded if not isinstance(each, RowError)]
         if self.over_long == "error" and max(sizes, default=0) > self.pack_tokens:
             raise DataError(_too_long(sizes, self.pack_tokens))
@@ -63,11 +78,48 @@ class Encoder:
             case "preference":
                 return [self.tokenizer.pair(row) for row in rows]
             case "text":
-                ids = [self.tokenizer.text(row["text"]) for row in rows]
-                found = [Encoded(each, np.ones(len(each), np.float32)) for each in ids]
+                found = [self._text(row) for row in rows]
             case _:
                 raise AssertionError(f"no encoding for {self.wanted}")
         return [each if isinstance(each, RowError) else (each,) for each in found]
+
+    def _text(self, row: Row) -> Encoded | RowError:
+        try:
+            ids = self.tokenizer.text(row["text"])
+        except RowError as error:
+            return error
+        return Encoded(ids, np.ones(len(ids), np.float32))
+
+    def _checked(self, row: Row, found: tuple[Encoded, ...] | RowError) -> tuple[Encoded, ...] | RowError:
+        """What was found, or why it must not be trained."""
+        if isinstance(found, RowError):
+            return found
+        if not all(each.loss_mask[1:].any() for each in found):
+            count = sum(len(each.token_ids) for each in found)
+            return RowError("no_trained_token", f"none of its {count} tokens carries loss; drop the row")
+        if self.unknown_id is not None:
+            share = max(float(np.mean(each.token_ids == self.unknown_id)) for each in found)
+            if share > MOST_UNKNOWN:
+                return RowError(
+                    "unknown_tokens",
+                    f"{share:.0%} of its tokens are {self.tokenizer.hf.unk_token}, as {self._unknown_word(row)!r:.60}; "
+                    "the tokenizer was made for other text: choose another model, or drop the row",
+                )
+        if self._to_prove > 0:
+            self._to_prove -= 1
+            try:
+                self.tokenizer.check_no_skew(row["messages"], row.get("tools"))
+            except DataError as error:
+                # never a RowError: which rows are proved depends on the process, and a window's units must not
+                raise DataError(f"{error}; found with the question {question_key(row)[:120]!r}") from None
+        return found
+
+    def _unknown_word(self, row: Row) -> str:
+        """The first word of a row that the tokenizer does not know."""
+        messages = [message for side in ("messages", "prompt", "chosen", "rejected") for message in row.get(side, [])]
+        words = " ".join([row.get("text", ""), *(message["content"] for message in messages)]).split()
+        encode = self.tokenizer.hf.encode
+        return next((word for word in words if self.unknown_id in encode(word, add_special_tokens=False)), "")
 
     def _fit(self, documents: tuple[Encoded, ...]) -> list[Unit] | RowError:
         size = sum(map(_size, documents))
@@ -113,5 +165,6 @@ def _too_long(sizes: list[int], room: int) -> str:
     shown = ", ".join(f"{label}: {count}" for label, count in zip(labels, counts, strict=True) if count)
     return (
         f"{int((lengths > room).sum())} of {len(lengths)} rows are longer than a pack of {room} tokens, the longest "
-        f"{longest} ({shown}); raise data.pack_tokens, or choose data.over_long: drop, truncate or split"
+        f"{longest} ({shown}); raise data.pack_tokens where the model holds more, "
+        "or choose data.over_long: drop, truncate or split"
     )

@@ -4,8 +4,8 @@ A row comes from records.convert(). Every fault has its own reason, so that a re
 them; every message says where in the row, the value, and the fix.
 """
 
+import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +15,10 @@ from posttrain.errors import RowError
 Messages = list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of a canonical message; a template decides how each is rendered."""
+
+
+MOST_WEIGHT = 2**24
+"""Of a message. Losses are summed in float32, whose 24 bits would keep nothing of the others beside a heavier one."""
 
 
 def check_row(row: Row, *, wanted: str) -> None:
@@ -61,10 +65,14 @@ def question_key(row: Row) -> str:
 
     Two rows with one key ask the same; hash it to find duplicates and held-out questions in the training data.
     Tools, reasoning and names do not count.
+
+    Raises:
+        RowError: wrong_schema, a value of a call or an event that JSON cannot hold.
     """
-    if "messages" not in row and "prompt" not in row:
-        return " ".join(row["text"].split()) if "text" in row else _json(row.get("events"))
-    messages = row["messages"] if "messages" in row else row["prompt"]
+    messages = row["messages"] if "messages" in row else row.get("prompt")
+    # events keep their other columns, which may have these names and hold anything
+    if not isinstance(messages, list) or not all(isinstance(each, Mapping) and "role" in each for each in messages):
+        return " ".join(row["text"].split()) if "events" not in row else _json(row["events"])
     end = len(messages) - 1 if messages and messages[-1]["role"] == "assistant" else len(messages)
     lines = []
     for message in messages[:end]:
@@ -79,10 +87,21 @@ def row_key(row: Row) -> str:
     Raises:
         RowError: wrong_schema, a value that JSON cannot hold.
     """
-    try:
-        return _json(row)
-    except (TypeError, ValueError) as error:
-        raise RowError("wrong_schema", f"{error}; keep to strings, numbers, lists and maps") from None
+    return _json(row)
+
+
+def question_hash(row: Row) -> bytes:
+    """16 bytes that stand for question_key(), to look for held-out questions in a training set of any size."""
+    return _sha256(question_key(row))[:16]
+
+
+def row_hash(row: Row) -> int:
+    """A number below 2**64 that stands for row_key(); a uint64 array of them counts a source's exact duplicates.
+
+    Raises:
+        RowError: as row_key().
+    """
+    return int.from_bytes(_sha256(row_key(row))[:8], "little")
 
 
 def check_text(text: str, where: str) -> None:
@@ -184,8 +203,8 @@ def _check_extras(message: Mapping[str, Any], where: str) -> None:
             raise RowError("wrong_schema", f"{where}.{key} must be a string, got {value!r:.120}")
     weight = message.get("weight")
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if weight is not None and not (number and math.isfinite(weight) and weight >= 0):
-        raise RowError("wrong_schema", f"{where}.weight must be a finite number of at least 0, got {weight!r:.120}")
+    if weight is not None and not (number and 0 <= weight <= MOST_WEIGHT):
+        raise RowError("wrong_schema", f"{where}.weight must be a number from 0 to {MOST_WEIGHT}, got {weight!r:.120}")
     calls = message.get("tool_calls")
     if calls is not None:
         if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
@@ -209,6 +228,8 @@ def _check_nested(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _check_nested(item, f"{where}[{index}]")
+    elif value is not None and not isinstance(value, int | float):
+        raise RowError("wrong_schema", f"{where} is {value!r:.80}; keep to strings, numbers, lists and maps")
 
 
 def _check_end(messages: Messages, wanted: str) -> None:
@@ -266,5 +287,13 @@ def _check_events(events: Any) -> None:
     _check_nested(events, "events")
 
 
-def _json(value: Sequence[Any] | Mapping[str, Any] | None) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def _json(value: Sequence[Any] | Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError("wrong_schema", f"{error}; keep to strings, numbers, lists and maps") from None
+
+
+def _sha256(text: str) -> bytes:
+    # columns that no check reads may hold halves of surrogate pairs
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -191,10 +191,11 @@ def _role(role: Any, where: str, role_map: Mapping[str, str], *, sharegpt: bool)
     if ours not in _ROLE_SET and not (sharegpt and ours == "function_call"):
         known = ", ".join(_SHAREGPT if sharegpt else ROLES)
         meant = _SHAREGPT.get(role.lower(), "assistant")
+        quoted = json.dumps(role[:80], ensure_ascii=False)
         raise RowError(
             "unknown_role",
-            f'{where}.{key} is "{role:.80}"; known roles: {known}. '
-            f"Fix: role_map: {{{role:.80}: {meant if meant in _ROLE_SET else 'assistant'}}}",
+            f"{where}.{key} is {quoted}; known roles: {known}. Fix: role_map: "
+            f"{{{role if role.isidentifier() else quoted}: {meant if meant in _ROLE_SET else 'assistant'}}}",
         )
     return ours
 

@@ -196,7 +196,7 @@ def _likeness(format: Format, found: set[str]) -> int:
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(map(str, names))) or "(none)"
+    return (", ".join(sorted(name if name.isprintable() else repr(name) for name in map(str, names))) or "(none)")[:300]
 
 
 def _column(record: Mapping[str, Any], column: str) -> Any:

@@ -1,9 +1,12 @@
 import json
+from hashlib import sha256
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.data.record_checks import question_hash, row_hash
 from posttrain.data.records import Format, check_row, convert, question_key, row_key
 from posttrain.errors import RowError
 
@@ -63,6 +66,9 @@ DIRECT = {"conversation": Format.messages, "prompt": Format.messages, "unpaired"
         ([USER, message("assistant", content="4", weight=True)], "wrong_schema", "weight"),
         ([USER, message("assistant", content="4", weight=float("nan"))], "wrong_schema", "weight"),
         ([USER, message("assistant", content="4", weight=-1)], "wrong_schema", "weight"),
+        ([USER, message("assistant", content="4", weight=float("inf"))], "wrong_schema", "weight"),
+        ([USER, message("assistant", content="4", weight=1e39)], "wrong_schema", "from 0 to 16777216, got 1e+39"),
+        ([USER, message("assistant", content="4", weight=10**400)], "wrong_schema", "weight"),
         ([USER, message("assistant", content="", tool_calls=[{"id": "1"}])], "wrong_schema", "names no function"),
         (
             [USER, message("assistant", tool_calls=[{"name": "f", "arguments": "[1]"}])],
@@ -246,3 +252,27 @@ def test_a_row_key_forgets_the_order_of_columns_and_nothing_else():
 @given(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text())))
 def test_a_row_key_is_the_row(row):
     assert json.loads(row_key(row)) == row
+
+
+def test_a_question_hash_is_16_bytes_of_the_sha256_of_its_key():
+    row = {"messages": [SYSTEM, USER, ANSWER]}
+    assert question_hash(row) == sha256(b"system: Be brief.\nuser: 2+2?").digest()[:16]
+
+
+def test_a_row_hash_fits_a_uint64_and_is_equal_for_exact_duplicates_alone():
+    rows = [{"messages": [USER, ANSWER], "id": 1}, {"id": 1, "messages": [USER, ANSWER]}, {"messages": [USER, ANSWER]}]
+    hashes = np.array([row_hash(row) for row in rows], np.uint64)
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert int(hashes[2]) == int.from_bytes(sha256(row_key(rows[2]).encode()).digest()[:8], "little")
+
+
+def test_a_hash_survives_text_that_is_no_utf8_in_a_column_of_the_users_own():
+    assert row_hash({"messages": [USER], "note": "\ud800"}) != row_hash({"messages": [USER], "note": "\ud801"})
+
+
+def test_a_row_nested_without_end_has_no_key():
+    deep: object = "x"
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RowError, match="keep to strings"):
+        row_key({"messages": [USER], "meta": deep})
