@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from posttrain.data.types import Pack, Unit
 from posttrain.errors import DataError
 
+LONG_SHARE = 4
+"""A unit of T / 4 and more is hard to place and goes first; measured by benchmarks/packing_fill.py."""
+
 
 def pack(units: Sequence[Unit], *, pack_tokens: int, draws: Sequence[int] = ()) -> list[Pack]:
-    """Best-fit-decreasing packing, deterministic in the order and lengths of `units`.
+    """Best-fit packing, deterministic in the order and lengths of `units`.
 
     Within a pack units keep their input order.
 
@@ -31,14 +34,17 @@ def pack(units: Sequence[Unit], *, pack_tokens: int, draws: Sequence[int] = ()) 
 def plan(sizes: Sequence[int], *, pack_tokens: int) -> list[list[int]]:
     """Which units share a pack, from their token counts alone: indices, ascending within a pack.
 
-    Longest first, each into the fullest pack that still takes it (of equals the first opened).
+    The long ones first, longest before shorter; then the others in their own order. Each goes into the fullest pack
+    that still takes it (of equals the first opened). Pure best-fit-decreasing would sort all by length, so that a
+    pack holds documents of one length and a global batch is no fair sample: benchmarks/packing_fill.py.
 
     Raises:
         DataError: a unit is longer than a pack.
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room, bin), sorted; at most one entry a bin
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    shortest_long = pack_tokens // LONG_SHARE
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i] if sizes[i] >= shortest_long else 0):
         size = sizes[index]
         if size > pack_tokens:
             raise DataError(

@@ -149,10 +149,11 @@ def test_a_pack_keeps_the_draw_numbers_of_its_units():
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
-def test_a_plan_is_best_fit_decreasing(sizes):
+def test_a_plan_is_best_fit_with_the_long_units_first(sizes):
     """The same packs as the textbook's quadratic search."""
     bins: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    long = sorted((i for i in range(len(sizes)) if sizes[i] >= 64 // 4), key=lambda i: -sizes[i])
+    for index in [*long, *(i for i in range(len(sizes)) if i not in long)]:
         fits = [b for b in bins if sum(sizes[i] for i in b) + sizes[index] <= 64]
         chosen = max(fits, key=lambda b: sum(sizes[i] for i in b), default=None)
         if chosen is None:
