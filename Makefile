@@ -32,8 +32,9 @@ lint: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(READY)  ## regenerate docs/config.md and docs/config.schema.json
+docs: $(READY)  ## regenerate docs/config.md, docs/config.schema.json and docs/data.md
 	$(BIN)/python docs/generate_config.py
+	$(BIN)/python docs/generate_data.py
 
 bench: $(READY)  ## the learning claim of the README: three seeds beside a run that does not train
 	$(BIN)/python benchmarks/grpo_learning.py

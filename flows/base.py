@@ -1,6 +1,6 @@
 """The graph that every post-training flow shares, and how a flow starts.
 
-start -> prepare -> tokenize -> warmup -> train -> evaluate -> export -> end
+start -> prepare -> tokenize (in shares) -> merge_tokens -> warmup -> train -> evaluate -> export -> end
 
 A flow subclasses PostTrainFlow and names its training program in run_training(). The
 steps are programs in steps/; here are only their order, resources and artifacts.
@@ -78,23 +78,36 @@ class PostTrainFlow(FlowSpec):
 
     @step
     def prepare(self):
-        """Snapshot the data, bring or build the model."""
+        """Snapshot prompts, index the training rows, bring or build the model."""
         from steps.prepare import prepare
 
         found = refusing(prepare, self.cfg, root=self.root)
-        self.data, self.model = found["data"], found["model"]
-        self.next(self.tokenize)
+        self.data, self.model, self.parts = found["data"], found["model"], found["parts"]
+        self.next(self.tokenize, foreach="parts")
+
+    @retry(times=2, minutes_between_retries=0)
+    @step
+    def tokenize(self):
+        """A share of the training rows: token ids and loss masks."""
+        from steps.tokenize import tokenize
+
+        uris = {"data_uri": self.data["uri"], "model_uri": self.model["uri"]}
+        self.tokenized = refusing(tokenize, self.cfg, root=self.root, **uris, part=self.input)
+        self.next(self.merge_tokens)
 
     @card(type="blank", id="data")
     @step
-    def tokenize(self):
-        """Rows to token ids and loss masks."""
+    def merge_tokens(self, inputs):
+        """All shares and the prompts as one set; what the data look like."""
         from posttrain.workflow.pages import show_data
-        from steps.tokenize import tokenize
+        from steps.data_report import read_report
+        from steps.merge_tokens import merge_tokens
 
-        model_uri, data_uri = self.model["uri"], self.data["uri"]
-        self.tokens = refusing(tokenize, self.cfg, root=self.root, data_uri=data_uri, model_uri=model_uri)
-        show_data(self.tokens, self.data)
+        parts = [each.tokenized for each in inputs]
+        self.merge_artifacts(inputs, exclude=["tokenized"])
+        uris = {"data_uri": self.data["uri"], "model_uri": self.model["uri"]}
+        self.tokens = refusing(merge_tokens, self.cfg, root=self.root, **uris, parts=parts)
+        show_data(read_report(self.tokens["uri"]), self.data)
         self.next(self.warmup)
 
     @card(type="blank", id="training")

@@ -12,6 +12,7 @@ from posttrain.manifest import json_sha256
 from posttrain.model.losses.grpo import GRPOLoss
 from posttrain.workflow.controller import Controller, Plan
 from posttrain.workflow.evaluate import Evaluator
+from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy, Training
 from steps.hardware import hardware
@@ -67,7 +68,6 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
             checkpoint_seconds=config.checkpoint.every_minutes * 60,
         ),
         policy=policy,
-        generators=parts.generators,
         maker=parts.maker,
         evaluator=Evaluator(parts.maker, parts.held_out),
         loss=GRPOLoss(
@@ -76,6 +76,7 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
             kl_coef=method.kl_coef or 0.0,
         ),
         checkpoints=_checkpoints(config, root, model_uri, tokens_uri),
+        ledger_file=LedgerFile(storage.join(root, "ledger", "grpo.jsonl")),
         observers=seen,
     )
     await controller.run(parts.prompts)

@@ -17,6 +17,8 @@ class Hardware:
     generator: dict[str, Any]
     ranks_on_one_node: int
     """Policy ranks of a step that runs on a single node, whatever `parallel.nodes` is."""
+    data_workers: int
+    """CPU actors that tokenise and pack ahead; 0 leaves that to a thread of the driver."""
 
 
 def hardware(parallel: Parallel) -> Hardware:
@@ -31,8 +33,9 @@ def hardware(parallel: Parallel) -> Hardware:
     gpus = parallel.gpus_per_node
     ranks_per_node = -(-parallel.data // parallel.nodes)
     alone = gpus * parallel.nodes > parallel.data
+    workers = max(1, gpus // 2) if gpus else 0  # a core tokenises and packs for two GPUs with room to spare
     return Hardware(
-        cluster={"num_cpus": max(cores, ranks_per_node + 1), "num_gpus": gpus},
+        cluster={"num_cpus": max(cores, ranks_per_node + 1 + workers), "num_gpus": gpus},
         policy={
             "num_cpus": 1,
             "num_gpus": 0 if not gpus else 1 if alone else 0.6,
@@ -40,4 +43,5 @@ def hardware(parallel: Parallel) -> Hardware:
         },
         generator={"num_cpus": 1, "num_gpus": 0 if not gpus else 1 if alone else 0.4, "threads": cores},
         ranks_on_one_node=min(parallel.data, gpus or parallel.data),
+        data_workers=workers,
     )

@@ -1,5 +1,6 @@
 """Refuse before anything is paid for: every name in the config resolves, every file is there, the root is writable."""
 
+import json
 import sys
 import uuid
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,7 @@ LIBRARIES = ("posttrain", "torch", "transformers", "ray", "metaflow", "pydantic"
 
 
 def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
-    """Where the run's files go, and what it is made of.
+    """Where the run's files go, and what it is made of; the resolved config is the first of them.
 
     Returns:
         root: folder or s3:// prefix of this run; a retry or resume keeps it.
@@ -33,12 +34,14 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
     problems += _check_writable(root)
     if problems:
         raise ConfigError("\n".join(problems))
+    document = config.model_dump(mode="json")
+    storage.write_bytes(storage.join(root, "config.json"), json.dumps(document, indent=2).encode())
     return {
         "root": root,
         "provenance": {
             "flow": flow,
             "run_id": run_id,
-            "config_sha256": json_sha256(config.model_dump(mode="json")),
+            "config_sha256": json_sha256(document),
             "seed": config.seed,
             "versions": _versions(),
         },
@@ -63,8 +66,8 @@ def _check_plugins(config: RunConfig) -> list[str]:
 
 def _check_sources(config: RunConfig) -> list[str]:
     sources = {"data.prompts": config.data.prompts, "data.held_out": config.data.held_out}
-    if config.warmup and config.data.demonstrations:
-        sources["data.demonstrations"] = config.data.demonstrations
+    if config.warmup:
+        sources |= {f"data.sources[{number}]": source.path for number, source in enumerate(config.data.sources)}
     problems = []
     for key, source in sources.items():
         try:

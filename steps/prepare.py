@@ -2,41 +2,52 @@
 
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from posttrain import storage
-from posttrain.config import FreshModel, RunConfig
-from posttrain.data.records import question_key
-from posttrain.data.source import read_rows, stored_rows, write_rows
+from posttrain.config import RunConfig
+from posttrain.data.record_checks import question_hash
+from posttrain.data.source import Source, as_files, read_rows, stored_rows, write_rows
 from posttrain.data.tokenizer import train_tokenizer
 from posttrain.data.types import Row
-from posttrain.errors import DataError, ModelError
+from posttrain.errors import ModelError, RowError
 from posttrain.manifest import MANIFEST, read_manifest
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.families import decoder_config
 from posttrain.model.load import read_config
+from steps.streams import row_reader, shares_of, store_sources, stored_sources
 
-WANTED = {"prompts": "prompt", "held_out": "prompt", "demonstrations": "conversation"}
-"""What each set's records are read as."""
+TEXT_FILES = (".json", ".jinja", ".txt", ".model")
+"""What a model's folder holds beside its weights: config, tokenizer, chat template."""
+
+VOCABULARY_ROWS = 100_000
+"""Rows of each source that a fresh model's tokenizer is trained on."""
 
 
 def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
-    """Read every row once, and bring or build the model.
+    """Snapshot prompts and held-out rows, index the training sources, and bring or build the model.
 
     Returns:
         data: uri, rows per set and sha256 per file.
         model: uri and architecture.
+        parts: shares of tokenising the training sources, [source, first block, end block].
 
     Raises:
-        DataError: a source is empty or malformed, or training rows repeat held-out ones.
+        DataError: a source is empty or malformed, or prompts repeat held-out rows.
         ModelError: the model folder is not one that the decoder can load.
     """
     data_uri, model_uri = storage.join(root, "data"), storage.join(root, "model")
-    storage.ensure_folder(data_uri, lambda folder: _write_data(config, folder))
+    storage.ensure_folder(data_uri, lambda folder: write_data(config, root=root, folder=folder))
     folder = storage.fetch(data_uri)
-    rows = {path.stem: stored_rows(path) for path in sorted(folder.glob("*.parquet"))}
-    storage.ensure_folder(model_uri, lambda target: _write_model(config, target, rows))
+    rows = {name: stored_rows(folder / f"{name}.parquet") for name in ("prompts", "held_out")}
+    sources = stored_sources(folder)
+    storage.ensure_folder(
+        model_uri, lambda target: _write_model(config, target, vocabulary_texts(config, rows, sources))
+    )
     hf_config = read_config(storage.fetch(model_uri))
     files = read_manifest(folder)["files"]
     return {
@@ -46,72 +57,87 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
             "sha256": {name: entry["sha256"] for name, entry in files.items()},
         },
         "model": {"uri": model_uri, "family": hf_config["model_type"], "hidden_size": hf_config["hidden_size"]},
+        "parts": shares_of(sources) if config.data.tokenize == "ahead" else shares_of([]),
     }
 
 
-def _write_data(config: RunConfig, folder: Path) -> None:
-    sources = {"prompts": config.data.prompts, "held_out": config.data.held_out}
-    if config.warmup and config.data.demonstrations:
-        sources["demonstrations"] = config.data.demonstrations
-    sets = {
-        name: read_rows(source, key=f"data.{name}", seed=config.seed, wanted=WANTED[name])
-        for name, source in sources.items()
-    }
-    held_out = {question_key(row) for row in sets["held_out"]}
-    for name in sets.keys() - {"held_out"}:
-        for number, row in enumerate(sets[name]):
-            if question_key(row) in held_out:
-                raise DataError(
-                    f"data.{name}, row {number} repeats a held-out question: {question_key(row)[:120]!r}; "
-                    "remove it from one of the two, or the evaluation measures memory"
-                )
-    for name, rows in sets.items():
-        write_rows(rows, folder / f"{name}.parquet")
+def open_sources(config: RunConfig, *, root: str) -> list[Source]:
+    """The training sources of the config, indexed; the rows of a function become a file below `root`."""
+    if config.warmup is None:
+        return []
+    return [
+        as_files(
+            entry.path,
+            key=f"data.sources[{number}]",
+            seed=config.seed,
+            uri=storage.join(root, "rows", f"source_{number:03d}"),
+        )
+        for number, entry in enumerate(config.data.sources)
+    ]
 
 
-def _write_model(config: RunConfig, folder: Path, rows: dict[str, list[Row]]) -> None:
-    if config.model.fresh:
-        _build(config.model.fresh, folder, rows, seed=config.seed)
-        return
-    assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"
-    source = _local_folder(config.model.path, config.model.revision)
-    decoder_config(read_config(source))
-    for path in sorted(source.iterdir()):
-        if path.suffix == ".safetensors":
-            _link(path.resolve(), folder / path.name)
-        elif path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != MANIFEST:
-            shutil.copyfile(path, folder / path.name)
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"model.path: {config.model.path} holds no .safetensors file")
+def write_data(config: RunConfig, *, root: str, folder: Path) -> None:
+    """Write the rows of prompts and held-out questions, and the index of the training sources, into `folder`."""
+    held_out = read_rows(config.data.held_out, key="data.held_out", seed=config.seed, wanted="prompt")
+    reserved = frozenset(question_hash(row) for row in held_out)
+    prompts = read_rows(config.data.prompts, key="data.prompts", seed=config.seed, wanted="prompt", held_out=reserved)
+    write_rows(held_out, folder / "held_out.parquet")
+    write_rows(prompts, folder / "prompts.parquet")
+    store_sources(open_sources(config, root=root), folder)
 
 
-def _build(fresh: FreshModel, folder: Path, rows: dict[str, list[Row]], *, seed: int) -> None:
-    texts = (
-        f"{message['role']}\n{message['content']}\n"
-        for found in rows.values()
-        for row in found
-        for message in row["messages"]
-    )
-    size = train_tokenizer(texts, folder, vocab_size=fresh.vocab_size)
-    shape = fresh.model_dump(exclude={"vocab_size"})
-    build_model(folder, fresh_config(vocab_size=size, **shape), seed=seed)
+def vocabulary_texts(config: RunConfig, rows: dict[str, list[Row]], sources: Sequence[Source]) -> Iterator[str]:
+    """What a fresh model's tokenizer learns its vocabulary from. Bad rows are left out here, and counted later."""
+    readers = [row_reader(entry) for entry in config.data.sources]
+    found = [each for name in ("held_out", "prompts") for each in rows[name]]
+    for source, read in zip(sources, readers, strict=False):
+        for _, _, record in islice(source.in_order(), VOCABULARY_ROWS):
+            with suppress(RowError):
+                found.append(read(record))
+    for row in found:
+        for message in row["messages"]:
+            yield f"{message['role']}\n{message['content'] or ''}\n"
 
 
-def _local_folder(path: str, revision: str | None) -> Path:
-    """The model's files on this machine, downloaded if they are not."""
+def model_folder(path: str, revision: str | None, *, suffixes: tuple[str, ...]) -> Path:
+    """The model's files that end in one of `suffixes` on this machine, downloaded if they are not.
+
+    Raises:
+        ModelError: the hub does not give them.
+    """
     if storage.is_s3(path):
-        return storage.download(path)
+        return storage.download(path, suffixes=suffixes)
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+    patterns = [f"*{suffix}" for suffix in suffixes]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model.path: cannot download {path} at revision {revision}: {reason}") from None
+
+
+def _write_model(config: RunConfig, folder: Path, texts: Iterator[str]) -> None:
+    if config.model.fresh:
+        size = train_tokenizer(texts, folder, vocab_size=config.model.fresh.vocab_size)
+        shape = config.model.fresh.model_dump(exclude={"vocab_size"})
+        build_model(
+            folder, fresh_config(vocab_size=size, max_length=config.data.pack_tokens, **shape), seed=config.seed
+        )
+        return
+    assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"
+    source = model_folder(config.model.path, config.model.revision, suffixes=(*TEXT_FILES, ".safetensors"))
+    decoder_config(read_config(source))
+    for path in sorted(source.iterdir()):
+        if path.suffix == ".safetensors":
+            _link(path.resolve(), folder / path.name)
+        elif path.suffix in TEXT_FILES and path.name != MANIFEST:
+            shutil.copyfile(path, folder / path.name)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"model.path: {config.model.path} holds no .safetensors file")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -6,8 +6,8 @@ from posttrain import storage
 from posttrain.compute.generator.transformers import TransformersGenerator
 from posttrain.compute.workers import ActorGroup
 from posttrain.config import RunConfig
+from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
-from posttrain.data.tokens import read_prompts
 from posttrain.plugin import resolve
 from posttrain.workflow.rollouts import Prompts, RewardPool, RolloutMaker, Sampling
 from steps.hardware import Hardware

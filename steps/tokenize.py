@@ -1,91 +1,76 @@
-"""Rows become token ids and masks on disk, once; every limit on lengths is checked here, on a CPU."""
+"""A share of the training rows becomes token ids and loss masks on disk; runs beside the other shares, on CPUs."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from posttrain import storage
 from posttrain.config import RunConfig
+from posttrain.data.counts import Counts, check_budget
+from posttrain.data.record_checks import row_hash
 from posttrain.data.source import stored_rows
+from posttrain.data.stream import UnitSource
+from posttrain.data.token_files import write_units
 from posttrain.data.tokenizer import BaseHFModelTokenizer
-from posttrain.data.tokens import (
-    describe,
-    tokenize_conversations,
-    tokenize_prompts,
-    write_prompts,
-    write_samples,
-)
-from posttrain.data.types import Sample
-from posttrain.errors import DataError
+from posttrain.data.types import Unit
+from posttrain.errors import RowError
 from posttrain.model.families import decoder_config
 from posttrain.model.load import read_config
+from steps.streams import PROVED_ROWS, make_encoder, record_units, stored_sources
+
+BATCH_ROWS = 1024
+"""Rows that are tokenised in one call."""
 
 
-def tokenize(config: RunConfig, *, root: str, data_uri: str, model_uri: str) -> dict[str, Any]:
-    """Write token Parquet for every set.
+def tokenize(config: RunConfig, *, root: str, data_uri: str, model_uri: str, part: list[int]) -> dict[str, Any]:
+    """Write token Parquet of one share: [source, first block, end block].
 
     Returns:
-        uri of the folder, tokenizer fingerprint, statistics, and a preview: tokens of the
-        first demonstration with their loss mask.
+        uri of the folder, None for an empty share; the source; and Counts.
 
     Raises:
-        DataError: a prompt or conversation is longer than its limit, or trains no token.
+        DataError: more bad rows than data.max_bad_rows, a row too long, a held-out question among them, a damaged
+            file, or a template whose mask cannot be proved.
     """
-    data, model_folder = storage.fetch(data_uri), storage.fetch(model_uri)
-    tokenizer = BaseHFModelTokenizer(model_folder)
-    shape = decoder_config(read_config(model_folder))
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size} rows")
-    need = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if need > shape.max_length:
-        raise DataError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {need}; the model holds {shape.max_length} tokens"
-        )
-    prompts = {}
-    for name in ("prompts", "held_out"):
-        rows = stored_rows(data / f"{name}.parquet")
-        limit = config.data.max_prompt_tokens
-        prompts[name] = (rows, tokenize_prompts(rows, tokenizer, key=f"data.{name}", max_prompt_tokens=limit))
-    samples: list[Sample] = []
-    if config.warmup:
-        rows = stored_rows(data / "demonstrations.parquet")
-        samples = tokenize_conversations(rows, tokenizer, key="data.demonstrations")
-        longest = max(range(len(samples)), key=lambda i: len(samples[i]))
-        limit = min(config.data.pack_tokens, shape.max_length)
-        if len(samples[longest]) > limit:
-            raise DataError(
-                f"data.demonstrations, row {longest} has {len(samples[longest])} tokens, "
-                f"a pack or the model holds {limit}; raise data.pack_tokens or shorten it"
-            )
-    uri = storage.join(root, "tokens")
+    number, first, end = part
+    if first == end:
+        return {"uri": None, "source": number, "counts": Counts().plain()}
+    uri = storage.join(root, "tokens", f"source_{number:03d}_block_{first:06d}")
 
-    def write(folder):
-        for name, (rows, ids) in prompts.items():
-            write_prompts(rows, ids, folder / f"{name}.parquet")
-        if samples:
-            write_samples(samples, folder / "demonstrations.parquet")
+    def write(folder: Path) -> None:
+        source = _source(config, data_uri, model_uri, number)
+        counts = Counts()
+        write_units(_units(config, source, range(first, end), counts), folder / "units.parquet")
+        (folder / "counts.json").write_text(json.dumps(counts.plain()))
 
     storage.ensure_folder(uri, write)
-    return {
-        "uri": uri,
-        "tokenizer_sha256": tokenizer.fingerprint(),
-        "stats": {
-            "prompts": {name: _prompt_stats(ids) for name, (_, ids) in prompts.items()},
-            "demonstrations": describe(samples, pack_tokens=config.data.pack_tokens) if samples else None,
-        },
-        "preview": _preview(samples[0], tokenizer) if samples else [],
-    }
+    return {"uri": uri, "source": number, "counts": json.loads(storage.read_bytes(storage.join(uri, "counts.json")))}
 
 
-def _prompt_stats(ids: list[tuple[int, ...]]) -> dict[str, int]:
-    lengths = [len(prompt) for prompt in ids]
-    return {"prompts": len(ids), "tokens": sum(lengths), "longest": max(lengths)}
+def _source(config: RunConfig, data_uri: str, model_uri: str, number: int) -> UnitSource:
+    data, model = storage.fetch(data_uri), storage.fetch(model_uri)
+    tokenizer = BaseHFModelTokenizer(model)
+    encoder = make_encoder(config, tokenizer, decoder_config(read_config(model)), prove=PROVED_ROWS)
+    held_out = stored_rows(data / "held_out.parquet")
+    return record_units(config, stored_sources(data), encoder, held_out=held_out)[number]
 
 
-def _preview(sample: Sample, tokenizer: BaseHFModelTokenizer) -> list[dict[str, Any]]:
-    """Every target token as text, and whether it is trained."""
-    return [
-        {"token": tokenizer.hf.decode([int(token)]), "trained": bool(weight)}
-        for token, weight in zip(sample.target_ids, sample.loss_mask, strict=True)
-    ]
+def _units(config: RunConfig, source: UnitSource, blocks: range, counts: Counts) -> Iterator[tuple[Unit, int | None]]:
+    """The units of these blocks in file order, the first of every row with the row's hash; counts everything."""
+    unknown_id = source.encoder.unknown_id
+    for block in blocks:
+        rows = int(source.source.block_rows[block])
+        source.source.read_ahead(range(block + 1, min(block + 2, blocks.stop)))
+        for start in range(0, rows, BATCH_ROWS):
+            here = np.arange(start, min(start + BATCH_ROWS, rows))
+            for row, found in source.at(np.full(len(here), block), here):
+                counts.add(found, unknown_id=unknown_id)
+                if row is not None and not isinstance(found, RowError):
+                    yield from zip(found, [row_hash(row), *[None] * (len(found) - 1)], strict=True)
+            check_budget([counts], max_bad_rows=config.data.max_bad_rows)
 
 
 if __name__ == "__main__":

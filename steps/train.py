@@ -1,21 +1,26 @@
-"""Token rows become a trained model, for the offline losses. Today: supervised fine-tuning, the warm-up of GRPO."""
+"""A stream of packs trains a model, for the offline losses. Today: supervised fine-tuning, the warm-up of GRPO."""
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 from posttrain import storage
 from posttrain.compute.checkpoint import Checkpoints
 from posttrain.compute.cluster import Gang, ray_cluster
+from posttrain.compute.data_workers import window_workers
 from posttrain.config import RunConfig
-from posttrain.data.tokens import read_samples
+from posttrain.data.loader import loading
 from posttrain.manifest import json_sha256
 from posttrain.model.losses.sft import SFTLoss
+from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.loop import LoopPlan
 from posttrain.workflow.loop import train as run_loop
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy, Training
 from steps.hardware import hardware
+from steps.streams import open_stream
 
 
 def train(
@@ -40,7 +45,6 @@ def train(
 
 async def _train(config, root, model_uri, tokens_uri, observers, resources) -> dict[str, Any]:
     warmup = config.warmup
-    samples = read_samples(storage.fetch(tokens_uri) / "demonstrations.parquet")
     steps = warmup.num_steps
     seen = Observers(
         [
@@ -57,13 +61,6 @@ async def _train(config, root, model_uri, tokens_uri, observers, resources) -> d
         warmup_steps=min(config.optim.warmup_steps, steps),
         pack_tokens=config.data.pack_tokens,
     )
-    identity = {
-        "config": json_sha256(config.model_dump(mode="json", include={"seed", "model", "data", "warmup", "optim"})),
-        "tokens": json_sha256(storage.manifest_of(tokens_uri)["files"]),
-    }
-    checkpoints = Checkpoints(
-        storage.join(root, "checkpoints", "warmup"), identity=identity, keep=config.checkpoint.keep
-    )
     policy = await Policy.launch(
         ranks=resources.ranks_on_one_node,
         model_uri=model_uri,
@@ -72,21 +69,22 @@ async def _train(config, root, model_uri, tokens_uri, observers, resources) -> d
         timeout_s=config.rollout.timeout_s,
         hardware=resources.policy,
     )
-    ledger = await run_loop(
-        LoopPlan(
-            num_steps=steps,
-            samples_per_step=warmup.samples_per_step,
-            pack_tokens=config.data.pack_tokens,
-            seed=config.seed,
-            checkpoint_every=config.checkpoint.every_steps,
-            checkpoint_seconds=config.checkpoint.every_minutes * 60,
-        ),
-        policy=policy,
-        samples=samples,
-        loss=SFTLoss(),
-        checkpoints=checkpoints,
-        observers=seen,
-    )
+    with ExitStack() as stack:
+        ledger = await run_loop(
+            LoopPlan(
+                num_steps=steps,
+                packs_per_step=warmup.packs_per_step,
+                pack_tokens=config.data.pack_tokens,
+                checkpoint_every=config.checkpoint.every_steps,
+                checkpoint_seconds=config.checkpoint.every_minutes * 60,
+            ),
+            policy=policy,
+            load=_loading(config, stack, model_uri, tokens_uri, workers=resources.data_workers),
+            loss=SFTLoss(),
+            checkpoints=_checkpoints(config, root, model_uri, tokens_uri),
+            ledger_file=stack.enter_context(closing(LedgerFile(storage.join(root, "ledger", "warmup.jsonl")))),
+            observers=seen,
+        )
     return {
         "model_uri": await policy.export(storage.join(root, "warmup_model")),
         "steps": steps,
@@ -94,6 +92,26 @@ async def _train(config, root, model_uri, tokens_uri, observers, resources) -> d
         "loss_last": round(seen.history[-1]["loss"], 4),
         "ledger": ledger.state(),
     }
+
+
+def _loading(config, stack, model_uri, tokens_uri, *, workers):
+    """A loader's state -> the loader; its windows are made by CPU actors where there are any, else by a thread."""
+    make = partial(open_stream, config, tokens_uri=tokens_uri, model_uri=model_uri)
+    timeout_s = config.rollout.timeout_s
+    works = stack.enter_context(window_workers(make, count=workers, timeout_s=timeout_s)) if workers else []
+    budget = config.data.max_bad_rows
+    return lambda state: loading(make(), workers=works, max_bad_rows=budget, state=state, timeout_s=timeout_s)
+
+
+def _checkpoints(config: RunConfig, root: str, model_uri: str, tokens_uri: str) -> Checkpoints:
+    """Checkpoints that only this config over these inputs may continue."""
+    shaping = config.model_dump(mode="json", include={"seed", "model", "data", "warmup", "optim"})
+    identity = {
+        "config": json_sha256(shaping),
+        "model": json_sha256(storage.manifest_of(model_uri)["files"]),
+        "tokens": json_sha256(storage.manifest_of(tokens_uri)["files"]),
+    }
+    return Checkpoints(storage.join(root, "checkpoints", "warmup"), identity=identity, keep=config.checkpoint.keep)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class EngineRank:
 def tiny_engine(folder: str, ranks: Ranks) -> Engine:
     """An engine over the model in `folder` on the ranks' device, constant learning rate."""
     model = load_decoder(folder, device=ranks.device)
-    optimizer = adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     return Engine(
         model,
         optimizer,

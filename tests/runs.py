@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {
     "base": str(ROOT / "configs" / "grpo_tiny.yaml"),
     "model.fresh": {"hidden_size": 32, "num_layers": 2, "mlp_size": 64},
-    "data.demonstrations": "small_task:demonstrations",
+    "data.sources": "small_task:demonstrations",
     "data.prompts": "small_task:prompts",
     "data.held_out": "small_task:held_out",
     "reward.function": "small_task:reward",
     "warmup.num_steps": 4,
-    "warmup.samples_per_step": 16,
+    "data.pack_tokens": 128,
+    "warmup.packs_per_step": 2,
     "optim.num_steps": 6,
     "rollout.prompts_per_step": 4,
     "method.group_size": 4,
@@ -44,12 +45,16 @@ class Prepared:
 
 
 def prepared(root: Path, config: RunConfig) -> Prepared:
-    """Run prepare and tokenize in this process."""
+    """Run prepare, tokenize and merge_tokens in this process."""
+    from steps.merge_tokens import merge_tokens
     from steps.prepare import prepare
     from steps.tokenize import tokenize
 
     made = prepare(config, root=str(root))
-    tokens = tokenize(config, root=str(root), data_uri=made["data"]["uri"], model_uri=made["model"]["uri"])
+    (root / "config.json").write_text(config.model_dump_json())
+    uris = {"root": str(root), "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
+    parts = [tokenize(config, **uris, part=part) for part in made["parts"]]
+    tokens = merge_tokens(config, **uris, parts=parts)
     return Prepared(root=root, model_uri=made["model"]["uri"], tokens_uri=tokens["uri"])
 
 

@@ -6,20 +6,16 @@ The library below takes named arguments: this tree stops at steps/.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Plugin = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", examples=["package.module:name"])]
-"""An import path, `package.module:name`."""
+from posttrain.config_data import Data, DataSource
+from posttrain.config_section import Plugin, Section
 
-
-class Section(BaseModel):
-    """Immutable; an unknown key is an error, not a typo that trains for a day."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+__all__ = ["Data", "DataSource", "FreshModel", "Parallel", "RunConfig", "Section"]
 
 
 class FreshModel(Section):
-    """Shape of a small Qwen3 drawn at random, with a tokenizer trained on the run's own data."""
+    """Shape of a small Qwen3 drawn at random, as long as a pack, with a tokenizer trained on the run's own data."""
 
     hidden_size: int = Field(default=128, ge=8)
     """Width of the residual stream."""
@@ -31,8 +27,6 @@ class FreshModel(Section):
     """Key and value heads, shared by groups of query heads."""
     mlp_size: int = Field(default=512, ge=8)
     """Width of the SwiGLU's gate and up projections."""
-    max_length: int = Field(default=128, ge=8)
-    """Longest sequence, tokens."""
     vocab_size: int = Field(default=512, ge=300)
     """Upper bound for the trained tokenizer; the byte alphabet alone takes 259."""
 
@@ -64,30 +58,13 @@ class Model(Section):
         return self
 
 
-class Data(Section):
-    """Rows: .jsonl, .parquet or .arrow files (one, a folder, a glob or a dataset saved by Hugging Face; local or
-    s3://), or `package.module:function` called with the seed. Common record formats are recognised by their columns:
-    messages, prompt and completion, ShareGPT, alpaca."""
-
-    demonstrations: str | None = None
-    """Conversations that end in an assistant turn, for the SFT warm-up."""
-    prompts: str
-    """Rows with `messages` or `prompt`, and whatever fields the reward reads; a `prompt` becomes `messages`."""
-    held_out: str
-    """Rows like prompts, never trained on; the evaluation."""
-    max_prompt_tokens: int = Field(default=64, ge=1)
-    """A longer prompt is refused, tokens."""
-    pack_tokens: int = Field(default=1024, ge=16)
-    """Size T of a pack, the unit of a forward pass, tokens."""
-
-
 class Warmup(Section):
     """Supervised fine-tuning before the recipe proper."""
 
     num_steps: int = Field(default=100, ge=1)
     """Optimizer steps of the warm-up."""
-    samples_per_step: int = Field(default=128, ge=1)
-    """Demonstrations in one optimizer step, over all ranks."""
+    packs_per_step: int = Field(default=2, ge=1)
+    """Packs in one optimizer step, over all ranks."""
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate; decays linearly to zero."""
 
@@ -120,8 +97,6 @@ class Optim(Section):
     """Steps over which the learning rate rises to its peak."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of AdamW's first and second moments."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of AdamW's second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
     """On matrices only."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -224,13 +199,10 @@ class RunConfig(Section):
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {need} exceeds data.pack_tokens = "
                 f"{self.data.pack_tokens}: a rollout must fit in a pack"
             )
-        if self.model.fresh and need > self.model.fresh.max_length:
-            problems.append(
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {need} exceeds model.fresh.max_length = "
-                f"{self.model.fresh.max_length}"
-            )
-        if self.warmup and not self.data.demonstrations:
-            problems.append("warmup needs data.demonstrations; name a source, or set warmup: null")
+        if self.warmup and not self.data.sources:
+            problems.append("warmup needs data.sources; name one, or set warmup: null")
+        if self.data.sources and not any(source.schedule[0][1] for source in self.data.sources):
+            problems.append("data.sources: none has a weight above zero at draw 0; give one of them one")
         if self.optim.warmup_steps >= self.optim.num_steps and self.optim.schedule == "linear":
             problems.append(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves none of optim.num_steps = "

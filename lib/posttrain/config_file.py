@@ -99,12 +99,14 @@ def _at(document: Any, loc: tuple[int | str, ...]) -> dict[Any, Any]:
 
 def _key(problem: Any) -> tuple[int | str, ...]:
     """The path a person wrote: pydantic adds which kind of a union it tried."""
-    return tuple(p for p in problem["loc"] if not str(p).startswith(("function-", "literal[", "constrained-")))
+    return tuple(
+        p for p in problem["loc"] if not str(p).startswith(("function-", "literal[", "constrained-", "tuple["))
+    )
 
 
 def _explain(problem: Any) -> str:
     """One line of the form `path: what is wrong (got value); fix`; an impossible combination has one line each."""
-    path = ".".join(map(str, _key(problem)))
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in _key(problem)).lstrip(".")
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
@@ -125,6 +127,8 @@ def _explain(problem: Any) -> str:
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     section: Any = RunConfig
     for part in loc:
+        if isinstance(part, int):  # an entry of a list: its section is the list's
+            continue
         field = section.model_fields.get(part) if isinstance(section, type) else None
         if field is None:
             return []

@@ -94,11 +94,13 @@ def fetch(uri: str) -> Path:
     return local
 
 
-def download(uri: str) -> Path:
-    """Every object below an s3:// prefix, in a new local folder; nothing is verified."""
+def download(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> Path:
+    """The objects below an s3:// prefix that end in one of `suffixes`, in a new local folder; nothing is verified."""
     client, bucket, prefix = _s3(uri)
     local = Path(tempfile.mkdtemp(prefix="posttrain-"))
     for key in _keys(client, bucket, f"{prefix}/"):
+        if not key.endswith(suffixes):
+            continue
         target = local / key[len(prefix) + 1 :]
         target.parent.mkdir(parents=True, exist_ok=True)
         client.download_file(bucket, key, str(target))

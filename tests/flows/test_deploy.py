@@ -76,7 +76,17 @@ def test_show_describes_every_step_of_both_configs(cloud, home):
         shown = flow(*words, "show", cwd=home)
         text = shown.stdout + shown.stderr
         assert shown.returncode == 0, text
-        for step in ("start", "prepare", "tokenize", "warmup", "train", "gang", "train_nodes", "gather"):
+        for step in (
+            "start",
+            "prepare",
+            "tokenize",
+            "merge_tokens",
+            "warmup",
+            "train",
+            "gang",
+            "train_nodes",
+            "gather",
+        ):
             assert re.search(rf"Step {step}\n +\S+", text), f"{step} has no docstring"
         assert ("@kubernetes" in text) == bool(words)
 
@@ -148,7 +158,7 @@ def test_argo_template_of_two_nodes_asks_for_what_the_config_says(cloud, home):
     assert broken_references(workflow) == []
     templates = {t["name"]: t for t in workflow["spec"]["templates"]}
     wants = yaml.safe_load(CLUSTER.read_text())["parallel"]
-    for name in ("start", "prepare", "tokenize", "warmup", "gang", "gather", "export", "end"):
+    for name in ("start", "prepare", "tokenize", "merge-tokens", "warmup", "gang", "gather", "export", "end"):
         container = templates[name]["container"]
         assert (container["image"], gpus(container)) == (wants["image"], 0), name
     for name in ("train", "evaluate"):
@@ -234,7 +244,8 @@ def test_with_kubernetes_runs_cpu_steps_in_pods_and_asks_for_a_gang(small_run, c
         run = flow(*words, cwd=home, timeout=400)
         submitted = list(server.objects.values())
     step_of = {m["metadata"]["annotations"]["metaflow/step_name"]: m for m in submitted}
-    assert list(step_of) == ["start", "prepare", "tokenize", "warmup", "gang", "train_nodes"], run.stdout + run.stderr
+    steps = ["start", "prepare", "tokenize", "merge_tokens", "warmup", "gang", "train_nodes"]
+    assert list(step_of) == steps, run.stdout + run.stderr
     gang = step_of.pop("train_nodes")
     assert gang["kind"] == "JobSet"
     assert [job["replicas"] for job in gang["spec"]["replicatedJobs"]] == [1, 1]
@@ -266,12 +277,12 @@ def test_with_batch_runs_cpu_steps_in_jobs_and_asks_for_gpus(small_run, cloud, h
         run = flow(*words, cwd=home, timeout=400)
     steps = [request["parameters"]["metaflow.step_name"] for request in submitted]
     attempts = ["train"] * 3  # each refused
-    assert steps == ["start", "prepare", "tokenize", "warmup", *attempts], run.stdout + run.stderr
+    assert steps == ["start", "prepare", "tokenize", "merge_tokens", "warmup", *attempts], run.stdout + run.stderr
     for request in submitted:
         assert request["jobQueue"] == "gpus"
         assert request["timeout"] == {"attemptDurationSeconds": FIVE_DAYS}
         assert_downloads_code(request["containerOverrides"]["command"], cloud)
-    assert [requirements(r) for r in submitted[:4]] == [{"VCPU": 2, "MEMORY": 8192}] * 4
+    assert [requirements(r) for r in submitted[:5]] == [{"VCPU": 2, "MEMORY": 8192}] * 5
     assert requirements(submitted[-1]) == {"VCPU": 4, "MEMORY": 16384, "GPU": 1}
     arn = submitted[-1]["jobDefinition"]
     definition = boto3.client("batch").describe_job_definitions(jobDefinitions=[arn])["jobDefinitions"][0]

@@ -67,7 +67,7 @@ def test_the_flow_ends_with_a_table_and_the_export_path(finished: Path):
 
 def test_every_step_ran_and_left_plain_small_artifacts(run):
     steps = {step.id for step in run}
-    assert steps == {"start", "prepare", "tokenize", "warmup", "train", "evaluate", "export", "end"}
+    assert steps == {"start", "prepare", "tokenize", "merge_tokens", "warmup", "train", "evaluate", "export", "end"}
     for step in run:
         for artifact in step.task:
             value = artifact.data
@@ -104,7 +104,7 @@ def test_cards_show_what_they_should(run):
     from metaflow.cards import get_cards
 
     shows = {
-        "tokenize": ["Demonstrations", "sha256 of its file"],
+        "merge_tokens": ["Sources", "Lengths of units", "The first packs", "token by token", "sha256 of its file"],
         "warmup": ["Warm-up", "Loss"],
         "train": ["Training reward", "KL to the starting policy", "Where a step's time goes", "ended by"],
         "evaluate": ["held-out rows", "greedy"],

@@ -30,7 +30,7 @@ def with_rows(tmp_path: Path, **files: list[dict[str, Any]]) -> RunConfig:
 @pytest.mark.parametrize("trained", [{"prompt": "sort 12"}, {"messages": [{"role": "user", "content": "sort 12"}]}])
 def test_a_held_out_question_is_found_in_either_form(tmp_path: Path, trained: dict, held_out: dict):
     config = with_rows(tmp_path, prompts=[{"prompt": "sort 99"}, trained], held_out=[held_out])
-    with pytest.raises(DataError, match=r"data\.prompts, row 1 repeats a held-out question"):
+    with pytest.raises(DataError, match=r"data\.prompts: .*prompts\.jsonl:2: repeats a held-out question"):
         prepare(config, root=str(tmp_path / "run"))
 
 

@@ -45,11 +45,14 @@ def test_every_file_in_configs_parses(path, monkeypatch):
         ({"model": {"fresh": None}}, "model: set exactly one of path and fresh"),
         ({"data.prompts": None}, "data.prompts: input should be a valid string (got null)"),
         ({"reward.function": "pkg.module"}, 'reward.function: write it as package.module:name (got "pkg.module")'),
-        ({"warmup.num_steps": 1, "data.demonstrations": None}, "warmup needs data.demonstrations; name a source"),
+        ({"warmup.num_steps": 1, "data.sources": None}, "warmup needs data.sources; name one, or set warmup: null"),
+        ({"data.sources": [{"path": "a"}, {"path": "b", "wight": 1}]}, "data.sources[1].wight: unknown key; did you"),
+        ({"data.sources": {"path": "a", "weight": [[9, 1], [3, 2]]}}, "data.sources[0]: weight [[9, 1.0], [3, 2.0]]"),
+        ({"data.sources": {"path": "a", "weight": [[9, 0], [20, 2]]}}, "data.sources: none has a weight above zero"),
+        ({"data.sources": {"path": "a", "format": "alpacca"}}, "data.sources[0].format: input should be 'messages',"),
         ({"optim.warmup_steps": 9, "optim.num_steps": 9, "optim.schedule": "linear"}, "leaves none of optim.num_steps"),
         ({"rollout.prompts_per_step": 63}, "rollout.prompts_per_step = 63 is not divisible by parallel.data = 2"),
         ({"data.pack_tokens": 63}, "data.max_prompt_tokens + rollout.max_new_tokens = 64 exceeds data.pack_tokens"),
-        ({"rollout.max_new_tokens": 81}, "rollout.max_new_tokens = 129 exceeds model.fresh.max_length = 128"),
         ({"parallel.gpus_per_node": 1}, "parallel.data = 2 ranks need as many GPUs; the run asks for 1"),
         ({"parallel.backend": "kubernetes"}, "set checkpoint.root to an s3:// prefix that all can reach"),
         ({"parallel.backend": "kubernetes", "checkpoint.root": "/disk"}, "set checkpoint.root to an s3:// prefix"),
@@ -118,7 +121,7 @@ def test_a_broken_section_does_not_hide_an_impossible_combination():
 
 
 def test_no_line_is_said_twice():
-    lines = refusal({"rollout.max_new_tokens": 2000})
+    lines = refusal({"rollout.max_new_tokens": 2000, "rollout.prompts_per_step": 63})
     assert len(lines) == len(set(lines)) == 2
 
 
@@ -146,6 +149,16 @@ def test_null_removes_what_the_base_set():
 def test_a_number_in_scientific_notation_without_a_point_is_a_number():
     config = load_config(f"base: {TINY}\noptim.lr: 1e-4\n")
     assert config.optim.lr == 1e-4
+
+
+def test_a_source_may_be_written_as_its_path_alone():
+    assert load({"data.sources": "a.jsonl"}) == load({"data.sources": [{"path": "a.jsonl"}]})
+    assert load({"data.sources": ["a.jsonl", "b.jsonl"]}).data.sources[1].path == "b.jsonl"
+
+
+def test_a_weight_may_be_a_schedule_over_draws():
+    (one, two) = load({"data.sources": ["a", {"path": "b", "weight": [[0, 0], [1000, 2]]}]}).data.sources
+    assert one.schedule == ((0, 1.0),) and two.schedule == ((0, 0.0), (1000, 2.0))
 
 
 def test_a_dotted_key_below_a_value_is_refused():

@@ -7,7 +7,8 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from posttrain.deadline import within
@@ -91,22 +92,40 @@ class ActorGroup:
         for actor in self.actors:
             ray.kill(actor)  # pyright: ignore[reportArgumentType]
 
-    async def _one(self, rank: int, method: str, args: tuple, kwargs: dict[str, Any], *, timeout_s: float) -> Any:
-        from ray.exceptions import RayActorError, RayError, RayTaskError
+    def wait(self, rank: int, method: str, *args: Any, timeout_s: float) -> Any:
+        """As call_one(), for a thread that has no event loop."""
+        import ray
+        from ray.exceptions import GetTimeoutError
 
+        with _named(f"{self.name} {rank}", method):
+            try:
+                return ray.get(self.start(rank, method, *args), timeout=timeout_s)
+            except GetTimeoutError:
+                raise ComputeError(f"{self.name} {rank}: {method}() did not finish within {timeout_s:g} s") from None
+
+    async def _one(self, rank: int, method: str, args: tuple, kwargs: dict[str, Any], *, timeout_s: float) -> Any:
         who = f"{self.name} {rank}"
-        try:
+        with _named(who, method):
             reference = getattr(self.actors[rank], method).remote(*args, **kwargs)
             return await within(timeout_s, f"{who}: {method}()", reference)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, PosttrainError):
-                raise cause from None
-            raise ComputeError(f"{who}: {method}() raised {type(cause).__name__}: {cause}\n{error}") from None
-        except RayActorError as error:
-            raise ComputeError(f"{who} died during {method}(): {_cause(str(error))}") from None
-        except RayError as error:  # an object lost, a store full, an error that cannot be unpickled
-            raise ComputeError(f"{who}: {method}(): {type(error).__name__}: {_cause(str(error))}") from None
+
+
+@contextmanager
+def _named(who: str, method: str) -> Iterator[None]:
+    """Turn Ray's errors into ours: an error of our own as it was raised, all else with the actor's name."""
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, PosttrainError):
+            raise cause from None
+        raise ComputeError(f"{who}: {method}() raised {type(cause).__name__}: {cause}\n{error}") from None
+    except RayActorError as error:
+        raise ComputeError(f"{who} died during {method}(): {_cause(str(error))}") from None
+    except RayError as error:  # an object lost, a store full, an error that cannot be unpickled
+        raise ComputeError(f"{who}: {method}(): {type(error).__name__}: {_cause(str(error))}") from None
 
 
 def _cause(message: str) -> str:

@@ -1,38 +1,57 @@
-"""Windows become global batches of G packs, made ahead in a thread; the state is a few integers.
+"""Windows become global batches of G packs, made ahead by threads; the state is a few integers.
 
 The state is what has been handed out, never what was prefetched: committed with the batch
 that was trained, it continues with the next one, whatever the number of ranks or workers.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from posttrain.data.encode import CHOSEN_DROPS
 from posttrain.data.stream import PackStream, Window
 from posttrain.data.types import Pack
-from posttrain.errors import DataError
+from posttrain.errors import ComputeError, DataError
 
 AHEAD = 2
-"""Windows made before they are asked for."""
+"""Windows made before they are asked for, beside the one that each further worker makes."""
+
+EMPTY_WINDOWS = 16
+"""Windows without a pack, one after the other, that end the run: sources that repeat would give no other."""
+
+Work = Callable[[int], Window]
+"""Computes a window, here or elsewhere."""
 
 
 class Loader:
     """The packs of a stream in their order, G at a time."""
 
     def __init__(
-        self, stream: PackStream, submit: Callable[[int], Future[Window]], *, max_bad_rows: int, state: dict | None
+        self,
+        stream: PackStream,
+        submit: Callable[[int], Future[Window]],
+        *,
+        ahead: int = AHEAD,
+        max_bad_rows: int,
+        state: dict | None,
+        timeout_s: float,
     ):
         """
         Args:
             submit: begins to compute a window somewhere.
+            ahead: windows that are begun before they are wanted.
             max_bad_rows: rows that may be left out for a fault of theirs; one more stops the run.
             state: what state() returned; None starts at the beginning.
+            timeout_s: deadline of one window, seconds.
         """
         state = state or {"window": 0, "packs": 0, "counts": [0] * len(stream.sources), "dropped": {}}
-        self._submit, self.max_bad_rows = submit, max_bad_rows
+        self._submit, self.ahead = submit, ahead
+        self.max_bad_rows, self.timeout_s = max_bad_rows, timeout_s
         self.window, self.packs = int(state["window"]), int(state["packs"])
         self.dropped = Counter(state["dropped"])
         self.counts = tuple(state["counts"])
@@ -46,16 +65,24 @@ class Loader:
 
         Raises:
             DataError: the mixture ends before them, or too many rows were bad; names the last one.
+            ComputeError: a window did not come in time.
         """
         packs: list[Pack] = []
+        empty = 0
         while len(packs) < count:
             window = self._window()
             if not window.num_draws:
                 raise DataError(
-                    f"the data end in window {window.index}, {count - len(packs)} packs short of a global batch; "
-                    "allow more epochs of a source, or train fewer steps"
+                    f"the data end in window {window.index}, {count - len(packs)} packs short of a global batch"
+                    f"{self._dropped()}; allow more epochs of a source, or train fewer steps"
                 )
             self._count(window)
+            empty = 0 if window.packs else empty + 1
+            if empty == EMPTY_WINDOWS:
+                raise DataError(
+                    f"no row is left of the last {EMPTY_WINDOWS * window.num_draws:,} draws{self._dropped()}; look at "
+                    "the sources with `posttrain preview`, and at data.over_long"
+                )
             part = window.packs[self.packs : self.packs + count - len(packs)]
             packs += part
             self.packs += len(part)
@@ -73,12 +100,25 @@ class Loader:
             "dropped": dict(self.dropped),
         }
 
+    def forget(self) -> None:
+        """Give up the windows that were begun and not taken."""
+        for future in self._coming:
+            future.cancel()
+        self._coming.clear()
+
     def _window(self) -> Window:
         if self._current is None:
-            while len(self._coming) <= AHEAD:
+            while len(self._coming) <= self.ahead:
                 self._coming.append(self._submit(self.window + len(self._coming)))
-            self._current = self._coming.popleft().result()
+            try:
+                self._current = self._coming.popleft().result(self.timeout_s)
+            except FutureTimeout:
+                raise ComputeError(f"window {self.window} of the data did not come in {self.timeout_s:g} s") from None
         return self._current
+
+    def _dropped(self) -> str:
+        gone = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        return f" (dropped so far: {gone})" if gone else ""
 
     def _count(self, window: Window) -> None:
         if self._counted:
@@ -94,12 +134,43 @@ class Loader:
 
 
 @contextmanager
-def loading(stream: PackStream, *, max_bad_rows: int = 0, state: dict | None = None) -> Iterator[Loader]:
-    """A Loader whose windows are made in one thread of this process, which ends with the block."""
-    with ThreadPoolExecutor(1, thread_name_prefix="packs") as pool:
+def loading(
+    stream: PackStream,
+    *,
+    workers: Sequence[Work] = (),
+    max_bad_rows: int = 0,
+    state: dict | None = None,
+    timeout_s: float = 600,
+) -> Iterator[Loader]:
+    """A Loader whose windows are made ahead, by one thread for each of `workers`; without any, by one thread here."""
+    wanted: SimpleQueue[tuple[Future[Window], int] | None] = SimpleQueue()
+    works = list(workers) or [stream.window]
+
+    def submit(window: int) -> Future[Window]:
+        future: Future[Window] = Future()
+        wanted.put((future, window))
+        return future
+
+    for work in works:
+        # Not an executor: it would wait at exit for a read that hangs. What is left in the queue is not begun.
+        Thread(target=_serve, args=(work, wanted), name="packs", daemon=True).start()
+    ahead = AHEAD + len(works) - 1
+    loader = Loader(stream, submit, ahead=ahead, max_bad_rows=max_bad_rows, state=state, timeout_s=timeout_s)
+    try:
+        yield loader
+    finally:
+        loader.forget()
+        for _ in works:
+            wanted.put(None)
+
+
+def _serve(work: Work, wanted: SimpleQueue) -> None:
+    """Make windows until there is no more to make; an error belongs to who asked for the window."""
+    while (item := wanted.get()) is not None:
+        future, window = item
+        if not future.set_running_or_notify_cancel():
+            continue
         try:
-            yield Loader(
-                stream, lambda window: pool.submit(stream.window, window), max_bad_rows=max_bad_rows, state=state
-            )
-        finally:
-            pool.shutdown(cancel_futures=True)
+            future.set_result(work(window))
+        except Exception as error:
+            future.set_exception(error)

@@ -6,7 +6,7 @@ can go anywhere without reading what lies before. What a record means is in reco
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from posttrain import storage
 from posttrain.data.files import File, list_files
 from posttrain.data.row_reader import RowReader
-from posttrain.data.shards import SUFFIXES, Reader, Records, index, line_number, take
+from posttrain.data.shards import SUFFIXES, Block, Reader, Records, Shard, index, line_number, take
 from posttrain.data.types import Row
 from posttrain.errors import DataError, RowError
 from posttrain.manifest import json_sha256
@@ -37,16 +37,21 @@ class Source:
         DataError: nothing there, or a file that is truncated, damaged or of another kind.
     """
 
-    def __init__(self, uri: str, *, key: str):
+    def __init__(self, uri: str | Sequence[str], *, key: str, shards: Sequence[Shard] | None = None):
         """
         Args:
+            uri: one or several.
             key: where the config names the source, for errors: `data.prompts`.
+            shards: its files, indexed already; None finds and indexes them.
         """
         self.uri, self.key = uri, key
         try:
-            self.shards = [index(file) for file in _files(uri)]
+            if shards is None:
+                uris = [uri] if isinstance(uri, str) else uri
+                shards = [index(file) for each in uris for file in _files(each)]
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
+        self.shards = list(shards)
         self._places = [(s, b) for s, shard in enumerate(self.shards) for b in range(len(shard.blocks))]
         blocks = [self.shards[s].blocks[b] for s, b in self._places]
         self.block_rows = np.array([block.rows for block in blocks], np.int64)
@@ -58,6 +63,33 @@ class Source:
         self._readers: OrderedDict[int, Reader] = OrderedDict()
         self._held: OrderedDict[int, Records] = OrderedDict()
 
+    @staticmethod
+    def indexed(index: dict[str, Any]) -> "Source":
+        """The source that `plain_index()` describes; its files are not looked at before they are read."""
+        shards = [
+            Shard(
+                file=File(uri=shard["uri"], size=shard["size"], version=shard["version"]),
+                fingerprint=shard["fingerprint"],
+                blocks=tuple(Block(rows=r, bytes=b, offset=o, length=n) for r, b, o, n in shard["blocks"]),
+            )
+            for shard in index["shards"]
+        ]
+        return Source(index["uri"], key=index["key"], shards=shards)
+
+    def plain_index(self) -> dict[str, Any]:
+        """Its files and their blocks as plain values: made once a run, so that no other reader looks for them."""
+        shards = [
+            {
+                "uri": shard.file.uri,
+                "size": shard.file.size,
+                "version": shard.file.version,
+                "fingerprint": shard.fingerprint,
+                "blocks": [[block.rows, block.bytes, block.offset, block.length] for block in shard.blocks],
+            }
+            for shard in self.shards
+        ]
+        return {"uri": self.uri, "key": self.key, "shards": shards}
+
     def records(self, blocks: np.ndarray, rows: np.ndarray) -> list[dict[str, Any] | RowError]:
         """Records at [N] blocks and [N] rows within them, in that order; a RowError where one is no record.
 
@@ -67,14 +99,14 @@ class Source:
         found: list[Any] = [None] * len(blocks)
         for block in np.unique(blocks):
             here = np.flatnonzero(blocks == block)
-            for place, record in zip(here, take(self._block(int(block)), rows[here].tolist()), strict=True):
+            for place, record in zip(here, take(self.block(int(block)), rows[here].tolist()), strict=True):
                 found[place] = record
         return found
 
     def in_order(self) -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
         """Every record once, in file order, with its block and its row there."""
         for block, count in enumerate(self.block_rows.tolist()):
-            for row, record in enumerate(take(self._block(block), range(count))):
+            for row, record in enumerate(take(self.block(block), range(count))):
                 yield block, row, record
 
     def read_ahead(self, blocks: Sequence[int]) -> None:
@@ -92,15 +124,12 @@ class Source:
             return f"{file.uri}:{line_number(self.shards[shard], number, row)}"
         return f"{file.uri}, row {sum(b.rows for b in self.shards[shard].blocks[:number]) + row}"
 
-    def _reader(self, shard: int) -> Reader:
-        if shard not in self._readers:
-            self._readers[shard] = Reader(self.shards[shard])
-            if len(self._readers) > OPEN_FILES:
-                self._readers.popitem(last=False)[1].close()
-        self._readers.move_to_end(shard)
-        return self._readers[shard]
+    def block(self, block: int) -> Records:
+        """All rows of a block, not yet Python objects; the latest blocks stay in memory.
 
-    def _block(self, block: int) -> Records:
+        Raises:
+            DataError: its bytes are damaged.
+        """
         if block not in self._held:
             shard, number = self._places[block]
             try:
@@ -111,6 +140,14 @@ class Source:
                 self._held.popitem(last=False)
         self._held.move_to_end(block)
         return self._held[block]
+
+    def _reader(self, shard: int) -> Reader:
+        if shard not in self._readers:
+            self._readers[shard] = Reader(self.shards[shard])
+            if len(self._readers) > OPEN_FILES:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(shard)
+        return self._readers[shard]
 
 
 def is_file(source: str) -> bool:
@@ -135,15 +172,32 @@ def check_source(source: str, *, key: str) -> None:
         raise DataError(f"{key}: {error}{where}") from None
 
 
-def read_rows(source: str, *, key: str, seed: int, wanted: str) -> list[Row]:
+def as_files(path: str, *, key: str, seed: int, uri: str) -> Source:
+    """A Source of what a config names; the rows of a function are first published as the folder `uri`.
+
+    Raises:
+        DataError: no rows, or one that JSON cannot hold.
+    """
+    if is_file(path):
+        return Source(path, key=key)
+
+    def write(folder: Path) -> None:
+        with open(folder / "rows.jsonl", "w") as file:
+            file.writelines(f"{line}\n" for line in _json_lines(resolve(path, key=key)(seed), f"{key}: {path}"))
+
+    storage.ensure_folder(uri, write)
+    return Source(storage.join(uri, "rows.jsonl"), key=key)
+
+
+def read_rows(source: str, *, key: str, seed: int, wanted: str, held_out: frozenset[bytes] = frozenset()) -> list[Row]:
     """All rows of a source, in order, in the form of records.py that is `wanted`.
 
     Raises:
-        DataError: empty, or names the file and line whose record is not what is wanted.
+        DataError: empty, or names the file and line whose record is not what is wanted or asks what is `held_out`.
     """
     files = Source(source, key=key) if is_file(source) else None
     records = files.in_order() if files else _function_records(source, key, seed)
-    rows, read = [], RowReader(wanted=wanted)
+    rows, read = [], RowReader(wanted=wanted, held_out=held_out)
     for block, number, record in records:
         try:
             rows.append(read(record))
@@ -161,14 +215,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     Raises:
         DataError: names the row that JSON cannot hold: dates, bytes, numpy values.
     """
-    lines = []
-    for number, row in enumerate(rows):
-        try:
-            lines.append(json.dumps(row))
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"data.{path.stem}, row {number}: {error}; keep to strings, numbers, lists and maps"
-            ) from None
+    lines = list(_json_lines(rows, f"data.{path.stem}"))
     pq.write_table(pa.table({"row": lines}), path, write_page_checksum=True)
 
 
@@ -176,6 +223,14 @@ def stored_rows(path: Path) -> list[Row]:
     """Read what write_rows() wrote."""
     column = pq.read_table(path, page_checksum_verification=True)["row"]
     return [json.loads(value.as_py()) for value in column]
+
+
+def _json_lines(rows: Iterable[Any], where: str) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        try:
+            yield json.dumps(row)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}, row {number}: {error}; keep to strings, numbers, lists and maps") from None
 
 
 def _function_records(source: str, key: str, seed: int) -> Iterator[tuple[int, int, Any]]:

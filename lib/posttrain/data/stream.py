@@ -4,8 +4,9 @@ Nothing is carried from one window to the next: after a kill, or on another mach
 window is computed again and is the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -13,7 +14,6 @@ from posttrain.data.encode import Encoder
 from posttrain.data.mixture import Mixture
 from posttrain.data.order import BlockOrder, permutation
 from posttrain.data.pack import pack
-from posttrain.data.records import Format
 from posttrain.data.row_reader import RowReader
 from posttrain.data.source import Source
 from posttrain.data.types import Pack, Row, Unit
@@ -47,57 +47,75 @@ class Window:
     """Draws of every source up to the end of this window."""
 
 
-class UnitSource:
-    """One source's draw numbers -> Units: its order, its format, its encoder."""
+class Units(Protocol):
+    """One source of a stream; its own draw numbers -> Units, as a pure function."""
 
-    def __init__(
-        self,
-        source: Source,
-        encoder: Encoder,
-        *,
-        seed: int,
-        number: int,
-        format: Format | None = None,
-        role_map: Mapping[str, str] | None = None,
-    ):
+    def units(self, positions: np.ndarray) -> list[list[Unit] | RowError]:
+        """The units of draws `positions` [N], several where a long row was split; a RowError, with file and row,
+        for a row that has none."""
+        ...
+
+
+class UnitSource:
+    """Records, tokenised when they are drawn: their order, format and encoder."""
+
+    def __init__(self, source: Source, encoder: Encoder, *, read: RowReader, seed: int, number: int):
         """
         Args:
+            read: record -> checked Row.
             number: place in the mixture; the same file twice is shuffled differently.
-            format: of every record; None detects it from each record's columns.
         """
-        self.source, self.encoder = source, encoder
-        self.read = RowReader(wanted=encoder.wanted, format=format, role_map=role_map)
+        self.source, self.encoder, self.read = source, encoder, read
         self.order = BlockOrder(source.block_rows, source.block_bytes, seed=seed, source=number)
 
     def units(self, positions: np.ndarray) -> list[list[Unit] | RowError]:
-        """The units of draws `positions` [N] of this source; a RowError, with file and row, for one that has none."""
-        blocks, rows = self.order.locate(positions)
-        places = list(zip(blocks.tolist(), rows.tolist(), strict=True))
-        found: list[list[Unit] | RowError | None] = [None] * len(places)
-        good: list[tuple[int, Row]] = []
-        for index, record in enumerate(self.source.records(blocks, rows)):
-            try:
-                good.append((index, self.read(record)))
-            except RowError as error:
-                found[index] = error
-        encoded = self.encoder([row for _, row in good])
-        for (index, _), units in zip(good, encoded, strict=True):
-            found[index] = units
+        """As Units.units().
+
+        Raises:
+            DataError: a block's bytes are damaged, a row is too long and the policy is "error", or one asks a
+                held-out question.
+        """
+        found = [units for _, units in self.at(*self.order.locate(positions))]
         if len(positions):
             self.source.read_ahead(self.order.group_after(int(positions[-1])).tolist())
-        return [self._named(each, place) for each, place in zip(found, places, strict=True)]
-
-    def _named(self, found: list[Unit] | RowError | None, place: tuple[int, int]) -> list[Unit] | RowError:
-        assert found is not None, "every record became units or an error"
-        if isinstance(found, RowError):
-            return RowError(found.reason, f"{self.source.key}: {self.source.where(*place)}: {found.detail}")
         return found
+
+    def at(self, blocks: np.ndarray, rows: np.ndarray) -> list[tuple[Row | None, list[Unit] | RowError]]:
+        """The rows at [N] blocks and [N] rows within them (None for one that cannot be read), and their units.
+
+        Raises:
+            DataError: as units().
+        """
+        places = list(zip(blocks.tolist(), rows.tolist(), strict=True))
+        found: list[tuple[Row | None, list[Unit] | RowError]] = []
+        for place, record in zip(places, self.source.records(blocks, rows), strict=True):
+            try:
+                found.append((self.read(record), []))
+            except RowError as error:
+                found.append((None, self._named(error, place)))
+            except DataError as error:
+                raise DataError(f"{self._where(place)}: {error}") from None
+        good = [index for index, (row, _) in enumerate(found) if row is not None]
+        try:
+            encoded = self.encoder([row for row, _ in found if row is not None])
+        except DataError as error:
+            raise DataError(f"{self.source.key}: {error}") from None
+        for index, units in zip(good, encoded, strict=True):
+            named = self._named(units, places[index]) if isinstance(units, RowError) else units
+            found[index] = (found[index][0], named)
+        return found
+
+    def _where(self, place: tuple[int, int]) -> str:
+        return f"{self.source.key}: {self.source.where(*place)}"
+
+    def _named(self, error: RowError, place: tuple[int, int]) -> RowError:
+        return RowError(error.reason, f"{self._where(place)}: {error.detail}")
 
 
 class PackStream:
     """A mixture of sources as windows of packs of at most T tokens."""
 
-    def __init__(self, mixture: Mixture, sources: Sequence[UnitSource], *, pack_tokens: int, seed: int):
+    def __init__(self, mixture: Mixture, sources: Sequence[Units], *, pack_tokens: int, seed: int):
         if len(sources) != len(mixture.parts):
             raise DataError(f"the mixture has {len(mixture.parts)} parts and {len(sources)} sources")
         self.mixture, self.sources = mixture, list(sources)

@@ -101,7 +101,7 @@ SFT = View(
         Chart("Gradient norm", "before clipping", (Line("grad_norm", "norm"),)),
         Chart("Learning rate", "per step", (Line("lr", "rate"),)),
     ),
-    phases={"forward_backward": charts.BLUE, "optimizer": GREEN},
+    phases={"data": charts.YELLOW, "forward_backward": charts.BLUE, "optimizer": GREEN},
 )
 REWARD_STATS = {"reward/mean", "reward/group_std", "reward/groups_without_signal"}
 

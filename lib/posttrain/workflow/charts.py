@@ -20,6 +20,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY, PALE = "#2f6fde", "#e8762c", "#2f9e6e", "#9a5
 YELLOW, RED = "#d9a400", "#c9414b"
 COLOURS = [BLUE, ORANGE, GREEN, PURPLE, GREY]
 """Training is blue and held-out rows are orange on every card."""
+SOURCE_COLOURS = [BLUE, GREEN, PURPLE, YELLOW, RED, ORANGE]
 MAX_POINTS = 400
 """Points of a line: about one per pixel of the narrower charts."""
 MAX_BARS = 60
@@ -133,6 +134,58 @@ def bar_chart(title: str, unit: str, bars: dict[str, dict[str, float]]) -> dict[
     number = {"text": {"field": "value", "type": "quantitative", "format": ".3f"}}
     layers = [{"mark": {"type": "bar"}}, {"mark": label, "encoding": number}]
     return _spec(title, {"data": {"values": values}, "encoding": encoding, "layer": layers})
+
+
+def source_colour(number: int) -> str:
+    """The colour of data.sources[number] wherever it is drawn; those after the sixth are grey."""
+    return SOURCE_COLOURS[number] if number < len(SOURCE_COLOURS) else GREY
+
+
+def length_chart(title: str, sources: dict[str, dict[str, list[int]]], pack_tokens: int) -> dict[str, Any] | None:
+    """How long units are (source -> edges and counts), with the length of a pack; None when there are no units.
+
+    Shares of each source, so that a small source can be seen beside a large one.
+    """
+    layers, ends = [], [pack_tokens]
+    for name, lengths in sources.items():
+        edges, counts, total = lengths["edges"], lengths["counts"], sum(lengths["counts"])
+        if not total:
+            continue
+        full = [i for i, count in enumerate(counts) if count]
+        first, last = full[0], full[-1] + 1
+        values = [
+            {"tokens": max(1, edge), "share": _short(count / total), "units": count}  # a logarithm has no zero
+            for edge, count in zip(edges[first : last + 1], [*counts[first:last], counts[last - 1]], strict=True)
+        ]
+        ends += [values[0]["tokens"], values[-1]["tokens"]]
+        mark = {"type": "area", "interpolate": "step-after", "line": {"strokeWidth": 2}, "fillOpacity": 0.15}
+        layers.append({"data": {"values": values}, "mark": mark, "encoding": {"color": {"datum": name}}})
+    if not layers:
+        return None
+    scale = {"type": "log", "base": 2, "domain": [min(ends), max(ends)], "nice": False}
+    x = {
+        "field": "tokens",
+        "type": "quantitative",
+        "title": "tokens of a unit",
+        "scale": scale,
+        "axis": {"format": ",d"},
+    }
+    y = {"field": "share", "type": "quantitative", "title": "share of the source's units", "stack": None}
+    colours = {"domain": list(sources), "range": [source_colour(i) for i in range(len(sources))]}
+    colour = {"type": "nominal", "scale": colours, **_legend(show=len(sources) > 1)}
+    for layer in layers:
+        layer["encoding"] = {
+            "x": x,
+            "y": {**y, "axis": {"format": "~%"}},
+            "color": {**layer["encoding"]["color"], **colour},
+            "tooltip": [{"field": name, "type": "quantitative"} for name in ("tokens", "units", "share")],
+        }
+    limit = {"data": {"values": [{"tokens": pack_tokens, "says": f"a pack: {pack_tokens:,}"}]}}
+    rule = {"type": "rule", "strokeDash": [4, 4], "color": "#5b6470"}
+    says = {"type": "text", "align": "right", "baseline": "top", "dx": -5, "y": 4, "color": "#5b6470"}
+    layers.append({**limit, "mark": rule, "encoding": {"x": x}})
+    layers.append({**limit, "mark": says, "encoding": {"x": x, "text": {"field": "says", "type": "nominal"}}})
+    return _spec(title, {"layer": layers})
 
 
 def points(line: Line, rows: Sequence[Metrics]) -> list[Point]:

@@ -1,4 +1,4 @@
-"""Where the seconds of one training step go."""
+"""Where the seconds of one training step go, and when it is time to save."""
 
 import time
 from collections.abc import Iterator
@@ -25,3 +25,24 @@ class Clock:
         """time/<phase>_s of every phase, and time/step_s since the start."""
         named = {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
         return named | {"time/step_s": time.perf_counter() - self.started}
+
+
+class SaveClock:
+    """When a checkpoint is due: after so many steps or so much time, whichever comes first, and at the end.
+
+    Args:
+        every_steps: None goes by time alone.
+        every_seconds: since the last save, or since this was made.
+    """
+
+    def __init__(self, *, num_steps: int, every_steps: int | None, every_seconds: float):
+        self.num_steps, self.every_steps, self.every_seconds = num_steps, every_steps, every_seconds
+        self.last = time.monotonic()
+
+    def due(self, done: int) -> bool:
+        """Whether to save after `done` steps; counts as saved."""
+        by_steps = bool(self.every_steps and done % self.every_steps == 0)
+        if not (by_steps or done == self.num_steps or time.monotonic() - self.last > self.every_seconds):
+            return False
+        self.last = time.monotonic()
+        return True

@@ -5,22 +5,21 @@ step before produced, takes one optimizer step on them, and sends the new weight
 """
 
 import asyncio
-import time
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from posttrain import faults
 from posttrain.compute.checkpoint import Checkpoints
-from posttrain.compute.workers import ActorGroup
 from posttrain.data.advantage import group_advantages
 from posttrain.data.pack import pack
 from posttrain.data.rollout import group_units
 from posttrain.data.types import Unit
 from posttrain.errors import SyncError
 from posttrain.model.losses import Loss
-from posttrain.workflow.clock import Clock
+from posttrain.workflow.clock import Clock, SaveClock
 from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger import Ledger
+from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import Metrics, Observers
 from posttrain.workflow.policy import Policy
 from posttrain.workflow.rollouts import Group, Prompts, RolloutMaker
@@ -48,18 +47,20 @@ class Controller:
         plan: Plan,
         *,
         policy: Policy,
-        generators: ActorGroup,
         maker: RolloutMaker,
         evaluator: Evaluator,
         loss: Loss,
         checkpoints: Checkpoints,
+        ledger_file: LedgerFile,
         observers: Observers,
     ):
-        self.plan, self.policy, self.generators, self.maker = plan, policy, generators, maker
+        self.plan, self.policy, self.maker = plan, policy, maker
         self.evaluator, self.loss, self.checkpoints, self.observers = evaluator, loss, checkpoints, observers
-        self.ledger = Ledger()
+        self.ledger, self.ledger_file = Ledger(), ledger_file
         self.version = 0
-        self.last_save = time.monotonic()
+        self.saving = SaveClock(
+            num_steps=plan.num_steps, every_steps=plan.checkpoint_every, every_seconds=plan.checkpoint_seconds
+        )
 
     async def run(self, prompts: Prompts) -> None:
         """Restore the last checkpoint if there is one, sync, and train to the end.
@@ -97,6 +98,7 @@ class Controller:
             clock = Clock()  # a commit counts to the step that has to wait for it
             with clock.phase("checkpoint"):
                 await self._save_if_due(step + 1)
+        self.ledger_file.close()
 
     async def _train(self, step: int, groups: list[Group]) -> Metrics:
         units: list[Unit] = []
@@ -107,7 +109,8 @@ class Controller:
         packs = pack(units, pack_tokens=self.plan.pack_tokens)
         faults.point("controller.before_train")
         trained = await self.policy.train_step(step, packs, self.loss)
-        self.ledger.commit(packs, draws=len(groups))
+        row = self.ledger.commit(packs, draws=[group[0].prompt.uid for group in groups])
+        self.ledger_file.append({"step": step, **row})
         assert self.ledger.balance() == 0, f"the ledger does not balance after step {step}: {self.ledger.state()}"
         filled = sum(p.num_tokens for p in packs) / (len(packs) * self.plan.pack_tokens)
         named = {name if "/" in name or name in ("loss", "lr") else f"policy/{name}": v for name, v in trained.items()}
@@ -116,11 +119,11 @@ class Controller:
     async def _sync(self) -> None:
         """Send the policy's weights to every generator and prove that they arrived."""
         timeout_s = self.policy.timeout_s
-        dtype = (await self.generators.call("weight_dtype", timeout_s=timeout_s))[0]
+        dtype = (await self.maker.generators.call("weight_dtype", timeout_s=timeout_s))[0]
         weights = self.policy.group.start(0, "weights", dtype)
         expected, held = await asyncio.gather(
             self.policy.group.call_one(0, "weights_digest", dtype, timeout_s=timeout_s),
-            self.generators.call("sync", self.version, weights, timeout_s=timeout_s),
+            self.maker.generators.call("sync", self.version, weights, timeout_s=timeout_s),
         )
         for rank, got in enumerate(held):
             if got != expected:
@@ -131,6 +134,7 @@ class Controller:
 
     async def _restore(self) -> int:
         found = self.checkpoints.latest()
+        self.ledger_file.restore(found.step if found else 0)
         if found is None:
             self.observers.restore([])
             return 0
@@ -141,13 +145,10 @@ class Controller:
         return found.step
 
     async def _save_if_due(self, done: int) -> None:
-        every = self.plan.checkpoint_every
-        due = bool(every and done % every == 0) or time.monotonic() - self.last_save > self.plan.checkpoint_seconds
-        if not due and done < self.plan.num_steps:
-            return
-        state = {"ledger": self.ledger.state(), "version": self.version, "history": self.observers.history}
-        await self.policy.save(self.checkpoints, done, state)
-        self.last_save = time.monotonic()
+        if self.saving.due(done):
+            self.ledger_file.flush()
+            state = {"ledger": self.ledger.state(), "version": self.version, "history": self.observers.history}
+            await self.policy.save(self.checkpoints, done, state)
 
 
 def _rollout_metrics(groups: list[Group]) -> Metrics:

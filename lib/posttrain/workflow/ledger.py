@@ -1,7 +1,7 @@
 """What was trained, counted and chained: the proof that a resumed run saw what the uninterrupted one saw."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.data.types import Pack
@@ -31,18 +31,50 @@ class Ledger:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         return self.dropped[reason]
 
-    def commit(self, packs: Sequence[Pack], *, draws: int) -> None:
-        """Chain a trained global batch: sha256 over the last digest and every sample's ids, targets and mask."""
+    def hand_out(self, units: int, dropped: Mapping[str, int]) -> None:
+        """Count what a stream gave for one global batch: its units, and all drops of the run so far by reason.
+
+        A row that was split counts once for every unit it became.
+        """
+        fewer = [reason for reason, count in self.dropped.items() if dropped.get(reason, 0) < count]
+        assert not fewer, f"the stream counts fewer drops than the ledger: {fewer[0]} in {dropped} < {self.dropped}"
+        self.drawn += units + sum(dropped.values()) - sum(self.dropped.values())
+        self.dropped = dict(dropped)
+
+    def commit(self, packs: Sequence[Pack], *, draws: Sequence[int]) -> dict[str, Any]:
+        """Chain a trained global batch: sha256 over the last digest and every sample's ids, targets and mask.
+
+        Args:
+            draws: number of every draw that is trained with this batch, in any order: those of its packs, or the
+                uids of its prompts. One that was split occurs once for every unit.
+
+        Returns:
+            what a LedgerFile keeps beside the step: the digest; the draws as ascending [first, last] ranges, which
+            overlap where a number occurs again; and the drops so far by reason.
+        """
         chain = hashlib.sha256(self.digest.encode())
         for pack in packs:
             for sample in pack.samples:
+                chain.update(len(sample).to_bytes(8, "little"))  # where a document ends decides what attends to what
                 for column in (sample.input_ids, sample.target_ids, sample.loss_mask):
                     chain.update(column.tobytes())
                 if sample.advantages is not None:
                     chain.update(sample.advantages.tobytes())
         self.digest = chain.hexdigest()
-        self.trained += draws
+        self.trained += len(draws)
+        return {"digest": self.digest, "draws": _ranges(draws), "dropped": dict(self.dropped)}
 
     def balance(self) -> int:
         """Draws neither trained nor dropped; 0 between steps."""
         return self.drawn - self.trained - sum(self.dropped.values())
+
+
+def _ranges(numbers: Sequence[int]) -> list[list[int]]:
+    """[5, 3, 4, 9] -> [[3, 5], [9, 9]]; nothing is lost: [3, 3, 4] -> [[3, 3], [3, 4]]."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ranges

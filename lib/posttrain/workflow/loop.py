@@ -1,16 +1,18 @@
-"""The loop of the offline recipes: draw, pack, train, checkpoint. Packs come from token rows on disk."""
+"""The loop of the offline recipes: take packs, train, count, checkpoint."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from posttrain import faults
 from posttrain.compute.checkpoint import Checkpoints
-from posttrain.data.order import draw
-from posttrain.data.pack import pack
-from posttrain.data.types import Sample
+from posttrain.data.loader import Loader
+from posttrain.data.pack import fill
 from posttrain.model.losses import Loss
+from posttrain.workflow.clock import Clock, SaveClock
 from posttrain.workflow.ledger import Ledger
+from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import Observers
 from posttrain.workflow.policy import Policy
 
@@ -20,9 +22,8 @@ class LoopPlan:
     """The numbers of an offline run."""
 
     num_steps: int
-    samples_per_step: int
+    packs_per_step: int
     pack_tokens: int
-    seed: int
     checkpoint_every: int | None
     checkpoint_seconds: float
 
@@ -31,38 +32,56 @@ async def train(
     plan: LoopPlan,
     *,
     policy: Policy,
-    samples: Sequence[Sample],
+    load: Callable[[dict[str, Any] | None], AbstractContextManager[Loader]],
     loss: Loss,
     checkpoints: Checkpoints,
+    ledger_file: LedgerFile,
     observers: Observers,
 ) -> Ledger:
     """Train to `plan.num_steps`, from the last checkpoint if there is one; return the ledger.
 
-    The global batch of step s is the packs of draws [s * samples_per_step, (s + 1) *
-    samples_per_step): it depends on the seed and the step alone, not on the ranks.
+    The global batch of step s is the packs [s * packs_per_step, (s + 1) * packs_per_step) of
+    the stream, on however many ranks.
+
+    Args:
+        load: a loader's state (None at the beginning) -> the loader that goes on from there.
+
+    Raises:
+        DataError: the data end, are damaged, or hold too many bad rows.
+        ComputeError: a worker died, hung, or produced NaN.
     """
-    ledger, first = Ledger(), 0
+    ledger, first, state = Ledger(), 0, None
     found = checkpoints.latest()
     if found is not None:
         await policy.restore(found.uri)
-        ledger, first = Ledger(found.state["ledger"]), found.step
+        ledger, first, state = Ledger(found.state["ledger"]), found.step, found.state["loader"]
     observers.restore(found.state["history"] if found else [])
-    last_save = time.monotonic()
-    for step in range(first, plan.num_steps):
-        start = time.perf_counter()
-        draws = [ledger.draw() for _ in range(plan.samples_per_step)]
-        units = [(samples[draw(n, seed=plan.seed, num_rows=len(samples))],) for n in draws]
-        packs = pack(units, pack_tokens=plan.pack_tokens)
-        faults.point("loop.before_train")
-        metrics = await policy.train_step(step, packs, loss)
-        ledger.commit(packs, draws=len(draws))
-        seconds = time.perf_counter() - start
-        tokens = sum(p.num_tokens for p in packs)
-        observers.step({"step": step, **metrics, "perf/tokens_per_s": tokens / seconds, "time/step_s": seconds})
-        done = step + 1
-        every = plan.checkpoint_every
-        due = bool(every and done % every == 0) or time.monotonic() - last_save > plan.checkpoint_seconds
-        if due or done == plan.num_steps:
-            await policy.save(checkpoints, done, {"ledger": ledger.state(), "history": observers.history})
-            last_save = time.monotonic()
+    ledger_file.restore(first)
+    saving = SaveClock(
+        num_steps=plan.num_steps, every_steps=plan.checkpoint_every, every_seconds=plan.checkpoint_seconds
+    )
+    with load(state) as loader:
+        for step in range(first, plan.num_steps):
+            clock = Clock()
+            with clock.phase("data"):
+                packs = loader.take(plan.packs_per_step)
+            ledger.hand_out(sum(p.num_units for p in packs), loader.dropped)
+            faults.point("loop.before_train")
+            with clock.phase("train"):
+                metrics = await policy.train_step(step, packs, loss)
+            ledger_file.append({"step": step, **ledger.commit(packs, draws=[n for p in packs for n in p.draws])})
+            assert ledger.balance() == 0, f"the ledger does not balance after step {step}: {ledger.state()}"
+            observers.step({"step": step, **metrics, **_pack_metrics(packs, plan.pack_tokens, clock)})
+            if saving.due(step + 1):
+                ledger_file.flush()
+                kept = {"ledger": ledger.state(), "loader": loader.state(), "history": observers.history}
+                await policy.save(checkpoints, step + 1, kept)
+    ledger_file.close()
     return ledger
+
+
+def _pack_metrics(packs: list, pack_tokens: int, clock: Clock) -> dict[str, float]:
+    times = clock.metrics()
+    tokens = sum(p.num_tokens for p in packs)
+    named = {"data/tokens": tokens, "data/fill": fill(packs, pack_tokens=pack_tokens)}
+    return named | times | {"perf/tokens_per_s": tokens / times["time/step_s"]}

@@ -17,6 +17,10 @@ class Html(str):
 
 SHOWN = 400
 """Characters of a prompt or completion; of longer ones the beginning and the end are shown."""
+THIN = 1 / 400
+"""Share of a pack, some two pixels; thinner documents beside each other are drawn as one."""
+Segment = tuple[int, int, int]
+"""Source, tokens, and how many of them are trained."""
 
 STYLE = (
     # Metaflow stacks a page's components; charts go beside each other where the window has room.
@@ -33,7 +37,7 @@ STYLE = (
     ".pt .box{border:1px solid #e3e7ec;border-radius:6px;padding:.7rem .85rem}"
     ".pt .box b{display:block;font-size:1.55rem;line-height:1.3;color:#1f2733}"
     ".pt .box span{color:#5b6470;font-size:.85rem;display:block}"
-    ".pt .scroll{overflow-x:auto}.pt table{border-collapse:collapse;width:100%}"
+    ".pt .scroll{overflow-x:auto}.pt .scroll+.scroll{margin-top:1rem}.pt table{border-collapse:collapse;width:100%}"
     ".pt th{text-align:left;padding:.35rem .75rem;border-bottom:1px solid #c4c9d0;white-space:nowrap}"
     ".pt td{text-align:left;vertical-align:top;background:none;padding:.35rem .75rem;"
     "border-bottom:1px solid #eceef1;overflow-wrap:anywhere}"
@@ -44,6 +48,13 @@ STYLE = (
     ".pt .tokens{line-height:2.1}.pt .tokens .said{border-radius:3px;padding:.15rem .2rem;margin-right:2px}"
     ".pt .trained{background:#2f6fde;color:#fff;font-weight:700}.pt .trained .faint{color:#cfe0ff}"
     ".pt .masked{background:#f0f2f5;color:#5b6470}"
+    ".pt .packs{display:grid;grid-template-columns:max-content 1fr max-content;gap:.3rem .75rem;align-items:center;"
+    "margin-top:.6rem}"
+    ".pt .packs svg{display:block;width:100%;height:1.1rem;stroke-width:1;shape-rendering:crispEdges}"
+    ".pt .packs svg,.pt .empty{background:repeating-linear-gradient(135deg,#fff 0 3px,#dfe3e8 3px 4px)}"
+    ".pt .packs .gap{stroke:#fff;vector-effect:non-scaling-stroke}.pt .untrained{opacity:.35}"
+    ".pt .packs .note{font-variant-numeric:tabular-nums}"
+    ".pt .key{display:inline-block;width:.85rem;height:.85rem;border-radius:2px;margin:0 .35rem 0 1rem}"
 )
 
 
@@ -107,22 +118,71 @@ def said(text: str, *, kind: str = "") -> Html:
 
 def tokens(preview: Sequence[dict[str, Any]], *, limit: int = 500) -> Html:
     """Tokens one by one, those that are trained standing out; of a long text, the part where training starts."""
-    first = next((i for i, token in enumerate(preview) if token["trained"]), 0)
-    start = 0 if len(preview) <= limit else max(0, min(first - limit // 4, len(preview) - limit))
-    shown = preview[start : start + limit]
+    shown, note = around_training(preview, limit)
     inside = []
     for token in shown:
         kind = "trained" if token["trained"] else "masked"
         inside.append(f'<span class="said {kind}">{_visible(token["token"], one_line=True)}</span>')
         inside += ["<br>"] * ("\n" in token["token"])
-    hidden = {"before": start, "after": len(preview) - start - len(shown)}
-    note = " ".join(f"{count:,} tokens {where} are not shown." for where, count in hidden.items() if count)
     key = '<p class="note tokens"><span class="said trained">trained</span> <span class="said masked">read only</span>'
     return Html(f'{key} &nbsp;{escaped(note)}</p><div class="tokens">{"".join(inside)}</div>')
 
 
+def around_training(preview: Sequence[dict[str, Any]], limit: int) -> tuple[Sequence[dict[str, Any]], str]:
+    """At most `limit` tokens around the first trained one, and a note on those that are left out."""
+    first = next((i for i, token in enumerate(preview) if token["trained"]), 0)
+    start = 0 if len(preview) <= limit else max(0, min(first - limit // 4, len(preview) - limit))
+    shown = preview[start : start + limit]
+    hidden = {"before": start, "after": len(preview) - start - len(shown)}
+    return shown, " ".join(f"{count:,} tokens {where} are not shown." for where, count in hidden.items() if count)
+
+
+def legend(names: Iterable[tuple[str, str]], *notes: Html) -> Html:
+    """What colours stand for: name and colour of each, and notes after them."""
+    keys = [f'<span class="key" style="background:{colour}"></span>{escaped(name)}' for name, colour in names]
+    return Html(f'<p class="note">{"".join([*keys, *notes])}</p>')
+
+
+def packs(found: Sequence[dict[str, Any]], pack_tokens: int, colours: Sequence[str]) -> Html:
+    """Packs as strips, width for tokens: a colour for each source, paler where not trained, hatched where empty.
+
+    Raises:
+        ValueError: a pack holds more than `pack_tokens`.
+    """
+    rows = []
+    for i, pack in enumerate(found, start=1):
+        documents = [(document["source"], document["tokens"], document["trained"]) for document in pack["documents"]]
+        used, trained = sum(tokens for _, tokens, _ in documents), sum(trained for *_, trained in documents)
+        if used > pack_tokens:
+            raise ValueError(f"pack {i} holds {used:,} tokens, over its {pack_tokens:,}")
+        says = f"{len(documents):,} documents, {used:,} of {pack_tokens:,} tokens, {trained:,} trained"
+        rows.append(
+            f'<span class="note">Pack {i}</span>'
+            f'<svg viewBox="0 -.5 {pack_tokens} 1" preserveAspectRatio="none" role="img"><title>{says}</title>'
+            f"{_strip(segments(documents, pack_tokens * THIN), pack_tokens * THIN, colours)}</svg>"
+            f'<span class="note">{len(documents):,} documents, {used / pack_tokens:.1%} full</span>'
+        )
+    return Html(f'<div class="packs">{"".join(rows)}</div>')
+
+
+def segments(documents: Iterable[Segment], thin: float) -> list[Segment]:
+    """Documents in their order; of a run of documents below `thin` tokens, one segment for each source."""
+    found: list[Segment] = []
+    run: dict[int, Segment] = {}
+    for source, tokens, trained in documents:
+        if tokens < thin:
+            _, before, of_them = run.get(source, (source, 0, 0))
+            run[source] = (source, before + tokens, of_them + trained)
+        else:
+            found += [*run.values(), (source, tokens, trained)]
+            run = {}
+    return [*found, *run.values()]
+
+
 def number(value: float) -> str:
-    """Three or four digits that matter: 12,436, 6.91, 0.783, 2.76e-07."""
+    """Counts in full; of others three or four digits that matter: 12,436, 6.91, 0.783, 2.76e-07."""
+    if isinstance(value, int):
+        return f"{value:,}"
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
@@ -152,7 +212,14 @@ def lines(texts: Iterable[str]) -> Html:
 
 def escaped(value: object) -> Html:
     """Anything as text in one line; Html stays as it is."""
-    return value if isinstance(value, Html) else Html(html.escape(" ".join(str(value).split())))
+    if isinstance(value, Html):
+        return value
+    return Html(html.escape("".join(map(spelled, " ".join(str(value).split())))))
+
+
+def spelled(char: str) -> str:
+    """A character as it is, or its escape where it cannot be printed: control characters, marks of direction."""
+    return char if char.isprintable() else ascii(char)[1:-1]
 
 
 def _visible(text: str, *, one_line: bool = False) -> str:
@@ -169,8 +236,26 @@ def _visible(text: str, *, one_line: bool = False) -> str:
         elif char.isprintable():
             shown.append(html.escape(char))
         else:
-            shown.append(f'<span class="faint">{html.escape(ascii(char)[1:-1])}</span>')
+            shown.append(f'<span class="faint">{html.escape(spelled(char))}</span>')
     return "".join(shown)
+
+
+def _strip(found: Sequence[Segment], thin: float, colours: Sequence[str]) -> str:
+    """One path for each colour and shade: thousands of short documents must not make the page heavy."""
+    paths: dict[tuple[str, str], str] = {}
+    gaps, at, before = "", 0, 0
+    for source, tokens, trained in found:
+        if min(tokens, before) >= 2 * thin:
+            gaps += f"M{at}-.5v1"
+        for kind, width in (("untrained", tokens - trained), ("", trained)):
+            if width:
+                key = (colours[source], kind)
+                paths[key] = paths.get(key, "") + f"M{at} 0h{width}"
+                at += width
+        before = tokens
+    drawn = [f'<path class="{kind}" stroke="{colour}" d="{d}"/>' for (colour, kind), d in paths.items()]
+    ground = f'<path stroke="#fff" d="M0 0h{at}"/>'  # the hatching of the empty part must not shine through
+    return ground + "".join(drawn) + (f'<path class="gap" d="{gaps}"/>' if gaps else "")
 
 
 def _cell(value: object) -> str:

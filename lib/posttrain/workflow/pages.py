@@ -1,20 +1,25 @@
 """The cards of single moments: what the data are, and what the trained model can do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from metaflow.cards import Markdown, VegaChart
 
 from posttrain.workflow import charts, markup
 from posttrain.workflow.card import open_card
+from posttrain.workflow.data_report import QUANTILES, dropped_facts, report_facts, source_counts, source_state
 
 
-def show_data(tokens: dict[str, Any], data: dict[str, Any], *, card_id: str = "data") -> None:
-    """The data page: rows, lengths, packing, and one conversation with its trained tokens marked."""
+def show_data(report: dict[str, Any], data: dict[str, Any], *, card_id: str = "data") -> None:
+    """The data page.
+
+    Args:
+        report: of the tokenize steps: sources with their counts, prompt sets, one document's tokens, the first packs.
+        data: {"rows": {set: count}, "sha256": {file: hex}} of the prompt sets.
+    """
     card = open_card(card_id)
-    card.append(Markdown(markup.page("Data", [f"tokenizer {tokens['tokenizer_sha256'][:16]}"])))
-    card.append(Markdown(sets_table(tokens["stats"], data)))
-    if tokens["stats"]["demonstrations"]:
-        card.append(Markdown(demonstrations(tokens["stats"]["demonstrations"], tokens["preview"])))
+    for part in data_page(report, data):
+        card.append(VegaChart(part) if isinstance(part, dict) else Markdown(part))
     card.refresh()
 
 
@@ -32,35 +37,85 @@ def show_evaluation(evaluation: dict[str, dict[str, Any]], *, card_id: str = "ev
     card.refresh()
 
 
-def sets_table(stats: dict[str, Any], data: dict[str, Any]) -> markup.Html:
-    """One line a set: rows, tokens, the longest row, and the fingerprint of its file."""
+def data_page(report: dict[str, Any], data: dict[str, Any]) -> list[markup.Html | dict[str, Any]]:
+    """The data card from top to bottom: text, and the spec of its chart. Without sources only the prompt sets."""
+    head, sets = markup.page("Data", report_facts(report)), sets_table(report["prompts"], data)
+    sources = report["sources"]
+    if not sources:
+        return [head, sets]
+    parts: list[markup.Html | dict[str, Any]] = [head, totals(report), sources_table(sources)]
+    lengths = {source["name"]: source["lengths"] for source in sources}
+    chart = charts.length_chart("Lengths of units", lengths, report["pack_tokens"])
+    parts += [chart] if chart else []
+    parts.append(quantiles_table(sources))
+    if report["packs"]:
+        parts.append(packed_rows(report))
+    if report["preview"]:
+        note = "What the model is asked to predict; the blue tokens make the loss."
+        title = markup.heading("One document, token by token", note)
+        parts.append(markup.block(title, markup.tokens(report["preview"])))
+    return [*parts, sets]
+
+
+def sets_table(prompts: dict[str, Any], data: dict[str, Any]) -> markup.Html:
+    """One line a prompt set: rows, tokens, the longest row, and the fingerprint of its file."""
     rows: list[list[Any]] = []
     for name, count in data["rows"].items():
-        prompts, demos = stats["prompts"].get(name), stats["demonstrations"]
-        total, longest = (prompts["tokens"], prompts["longest"]) if prompts else ("", "")
-        if not prompts and demos:
-            total, longest = demos["tokens"], demos["length_quantiles"]["p100"]
-        rows.append(
-            [name.replace("_", " "), count, total, longest, markup.said(data["sha256"][f"{name}.parquet"][:16])]
-        )
+        found = prompts.get(name)
+        total, longest = (found["tokens"], found["longest"]) if found else ("", "")
+        fingerprint = markup.said(data["sha256"][f"{name}.parquet"][:16])
+        rows.append([name.replace("_", " "), count, total, longest, fingerprint])
     headings = ["set", "rows", "tokens", "longest row, tokens", "sha256 of its file"]
-    return markup.block(markup.table(headings, rows))
+    return markup.block(markup.heading("Prompt sets"), markup.table(headings, rows))
 
 
-def demonstrations(stats: dict[str, Any], preview: list[dict[str, Any]]) -> markup.Html:
-    """How long demonstrations are, how well they pack, and which of their tokens are trained."""
-    lengths = stats["length_quantiles"]
-    found = [
-        ("Demonstrations", f"{stats['samples']:,}", f"{stats['tokens']:,} tokens"),
-        ("Trained tokens", f"{stats['loss_tokens'] / stats['tokens']:.0%}", f"{stats['loss_tokens']:,} tokens"),
-        ("Median length", f"{lengths['p50']:,}", f"{lengths['p0']:,} to {lengths['p100']:,} tokens"),
-        ("99 % are at most", f"{lengths['p99']:,}", "tokens long"),
-        ("Packs are filled to", f"{stats['predicted_fill']:.1%}", f"of {stats['pack_tokens']:,} tokens"),
+def totals(report: dict[str, Any]) -> markup.Html:
+    """The sources together, and how well their units pack."""
+    units, tokens, trained = (sum(s[name] for s in report["sources"]) for name in ("units", "tokens", "loss_tokens"))
+    found = [("Units", f"{units:,}", "documents or pairs"), ("Tokens", f"{tokens:,}", f"in {report['scope']}")]
+    if tokens:
+        found.append(("Trained", f"{trained / tokens:.1%}", f"{trained:,.0f} tokens"))
+    if report["predicted_fill"] is not None:
+        fill = f"{report['predicted_fill']:.1%}"
+        found.append(("Packs are filled to", fill, f"of {report['pack_tokens']:,} tokens, predicted"))
+    return markup.block(markup.boxes(found))
+
+
+def sources_table(sources: Sequence[dict[str, Any]]) -> markup.Html:
+    """What every source is and gave; how it is drawn and how sound it is; the first rows that were dropped."""
+    given: list[list[Any]] = []
+    state: list[list[Any]] = []
+    for source in sources:
+        kind = f"{source['format'] or 'format by columns'}, {source['fingerprint'][:16]}"
+        what = markup.lines([source["name"], markup.said(source["path"]), kind])
+        given.append([what, *source_counts(source).values()])
+        dropped = markup.lines(dropped_facts(source)) or "none"
+        state.append([source["name"], *source_state(source).values(), dropped])
+    tables = [
+        markup.table(["source", *source_counts(sources[0])], given),
+        markup.table(["source", *source_state(sources[0]), "dropped rows"], state),
     ]
-    title = markup.heading(
-        "The first demonstration, token by token", "What the model is asked to predict; the blue tokens make the loss."
-    )
-    return markup.block(markup.boxes(found), title, markup.tokens(preview))
+    examples = [markup.said(example) for source in sources for example in source["examples"]]
+    shown = [markup.heading("Dropped rows", "The first of every source."), markup.lines(examples)] if examples else []
+    return markup.block(markup.heading("Sources"), *tables, *shown)
+
+
+def quantiles_table(sources: Sequence[dict[str, Any]]) -> markup.Html:
+    """How long the units of every source are."""
+    rows = [[source["name"], *(source["quantiles"].get(name, "") for name in QUANTILES)] for source in sources]
+    return markup.block(markup.table(["tokens of a unit", *QUANTILES.values()], rows))
+
+
+def packed_rows(report: dict[str, Any]) -> markup.Html:
+    """The first packs, drawn to scale."""
+    colours = [charts.source_colour(i) for i in range(len(report["sources"]))]
+    names = zip((source["name"] for source in report["sources"]), colours, strict=True)
+    note = "Every strip is what one forward pass reads; trained tokens are drawn at the end of their document."
+    pale = markup.Html(f'<span class="key untrained" style="background:{colours[0]}"></span>paler: read only')
+    empty = markup.Html('<span class="key empty"></span>empty')
+    key = markup.legend(names, pale, empty)
+    strips = markup.packs(report["packs"], report["pack_tokens"], colours)
+    return markup.block(markup.heading("The first packs", note), key, strips)
 
 
 def measure_names(samples: int) -> dict[str, str]:

@@ -35,7 +35,6 @@ class Training:
     schedule: str
     warmup_steps: int
     betas: tuple[float, float]
-    eps: float
     weight_decay: float
     max_grad_norm: float
     pack_tokens: int
@@ -73,9 +72,7 @@ class PolicyRank:
         self.reference: Decoder | None = None
         if self.has_reference:
             self.reference = load_decoder(self.folder, device=self.device).requires_grad_(False)
-        optimizer = adamw(
-            model, lr=training.lr, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay
-        )
+        optimizer = adamw(model, lr=training.lr, betas=training.betas, weight_decay=training.weight_decay)
         scale = partial(
             lr_scale,
             schedule=training.schedule,

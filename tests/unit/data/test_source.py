@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import small_task
 from posttrain import storage
 from posttrain.data.shards import LINES_BYTES
-from posttrain.data.source import HELD_BYTES, OPEN_FILES, Source, check_source, read_rows, stored_rows, write_rows
+from posttrain.data.source import (
+    HELD_BYTES,
+    OPEN_FILES,
+    Source,
+    as_files,
+    check_source,
+    read_rows,
+    stored_rows,
+    write_rows,
+)
 from posttrain.errors import ConfigError, DataError
 
 RECORDS = [{"prompt": "sort 21", "answer": "12"}, {"prompt": "ä\u2028", "answer": None}]
@@ -277,3 +287,25 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     jsonl(MANY, tmp_path / "rows.jsonl")
     assert Source("~/rows.jsonl", key="x").num_rows == len(MANY)
+
+
+def test_an_index_kept_as_json_opens_the_same_source_without_looking_at_the_files(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name}{n}"}}\n' for n in range(9)))
+    made = Source(str(tmp_path), key="data.sources[0]")
+    kept = json.loads(json.dumps(made.plain_index()))
+    again = Source.indexed(kept)
+    assert (again.fingerprint, again.num_rows, again.key) == (made.fingerprint, 18, "data.sources[0]")
+    assert list(again.in_order()) == list(made.in_order())
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    changed = Source.indexed(kept)
+    with pytest.raises(DataError, match=r"data\.sources\[0\]: .*b\.jsonl: changed since it was indexed"):
+        list(changed.in_order())
+
+
+def test_rows_of_a_function_become_a_file_once(tmp_path):
+    uri = str(tmp_path / "rows")
+    made = as_files("small_task:demonstrations", key="data.sources[0]", seed=3, uri=uri)
+    assert [record for _, _, record in made.in_order()] == small_task.demonstrations(3)
+    again = as_files("small_task:demonstrations", key="data.sources[0]", seed=4, uri=uri)
+    assert again.fingerprint == made.fingerprint, "a repeated step keeps what is published"

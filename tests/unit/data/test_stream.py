@@ -12,12 +12,14 @@ from posttrain.data.encode import Encoder
 from posttrain.data.loader import loading
 from posttrain.data.mixture import Mixture, Part
 from posttrain.data.pack import deal
+from posttrain.data.row_reader import RowReader
 from posttrain.data.source import Source
 from posttrain.data.stream import PackStream, UnitSource
 from posttrain.errors import DataError
 from tiny import tiny_tokenizer
 
 T, W, G = 64, 32, 4
+READ = RowReader(wanted="conversation")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def files(tmp_path_factory):
 def stream(tokenizer, files, *, seed=0, max_draws=(None, None), pack_tokens=T, over_long="error", window=W):
     encoder = Encoder(tokenizer, wanted="conversation", pack_tokens=pack_tokens, over_long=over_long)
     sources = [
-        UnitSource(Source(file, key=f"data.sources[{n}]"), encoder, seed=seed, number=n) for n, file in enumerate(files)
+        UnitSource(Source(file, key=f"data.sources[{n}]"), encoder, read=READ, seed=seed, number=n)
+        for n, file in enumerate(files)
     ]
     parts = [
         Part(name=str(n), num_rows=unit.source.num_rows, weight=((0, 1.0 + n),), max_draws=cap)
@@ -199,7 +202,9 @@ def test_a_pair_is_one_unit_in_one_pack(tokenizer, tmp_path):
     ] * 9
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     encoder = Encoder(tokenizer, wanted="preference", pack_tokens=T)
-    source = UnitSource(Source(str(tmp_path / "pairs.jsonl"), key="x"), encoder, seed=0, number=0)
+    source = UnitSource(
+        Source(str(tmp_path / "pairs.jsonl"), key="x"), encoder, read=RowReader(wanted="preference"), seed=0, number=0
+    )
     mixture = Mixture([Part(name="x", num_rows=9, weight=((0, 1.0),), max_draws=9)], seed=0, window=W)
     window = PackStream(mixture, [source], pack_tokens=T, seed=0).window(0)
     assert not window.dropped

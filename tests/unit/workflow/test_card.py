@@ -6,11 +6,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from posttrain.data.types import Prompt, Rollout
 from posttrain.workflow import charts, markup
 from posttrain.workflow.card import GRPO, SFT, View, all_charts, sample_table, status
-from posttrain.workflow.pages import answers, demonstrations, sets_table, verdict
+from posttrain.workflow.pages import answers, verdict
 
 HOSTILE = "a | b `c` \r\n\n# head <b>x</b> <script>y</script> \"q\" 'p' &amp; \u202e \x00 [l](http://e) </div>"
 
@@ -172,6 +174,7 @@ def test_long_preview_shows_where_training_starts():
     [
         (0, "0"),
         (-1.0, "-1"),
+        (12_436_000_000, "12,436,000,000"),
         (0.7834, "0.783"),
         (6.912, "6.91"),
         (123.45, "123.5"),
@@ -191,6 +194,54 @@ def test_numbers_show_the_digits_that_matter(value, shown):
 )
 def test_durations_are_for_people(seconds, shown):
     assert markup.duration(seconds) == shown
+
+
+DOCUMENTS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 60)).flatmap(
+        lambda d: st.tuples(st.just(d[0]), st.just(d[1]), st.integers(0, d[1]))
+    ),
+    max_size=40,
+)
+
+
+@given(DOCUMENTS)
+def test_documents_too_thin_to_see_are_drawn_together_and_no_token_is_lost(documents):
+    def total(found: list, column: int) -> dict[int, int]:
+        return {source: sum(each[column] for each in found if each[0] == source) for source in range(3)}
+
+    found = markup.segments(documents, 20)
+    assert [total(found, 1), total(found, 2)] == [total(documents, 1), total(documents, 2)]
+    wide = [each for each in documents if each[1] >= 20]
+    left = iter(found)
+    assert all(each in left for each in wide), "documents that can be seen stay as they are, in their order"
+    assert len(found) <= len(documents) and len(found) <= len(wide) + 3 * (len(wide) + 1)
+
+
+def test_only_a_run_of_thin_documents_is_merged():
+    documents = [(0, 5, 1), (1, 2, 2), (0, 4, 0), (1, 50, 9), (1, 3, 3), (1, 20, 0), (0, 1, 1)]
+    assert markup.segments(documents, 20) == [(0, 9, 1), (1, 2, 2), (1, 50, 9), (1, 3, 3), (1, 20, 0), (0, 1, 1)]
+
+
+@given(DOCUMENTS)
+def test_a_pack_is_drawn_to_scale(documents):
+    used = sum(tokens for _, tokens, _ in documents)
+    pack = {"documents": [{"source": s, "tokens": n, "trained": trained} for s, n, trained in documents]}
+    fragment = markup.packs([pack], 2_400, ["red", "green", "blue"])
+    drawn = re.findall(r'<path class="(untrained|)" stroke="(\w+)" d="([^"]*)"', fragment)
+    spans = {(c, kind): [tuple(map(int, s)) for s in re.findall(r"M(\d+) 0h(\d+)", d)] for kind, c, d in drawn}
+    for source, colour in enumerate(["red", "green", "blue"]):
+        mine = [each for each in documents if each[0] == source]
+        assert sum(n for _, n in spans.get((colour, ""), [])) == sum(trained for *_, trained in mine)
+        assert sum(n for _, n in spans.get((colour, "untrained"), [])) == sum(n - t for _, n, t in mine)
+    edges = sorted((at, at + n) for span in spans.values() for at, n in span)
+    assert [start for start, _ in edges] == [0, *(end for _, end in edges[:-1])][: len(edges)], "side by side"
+    assert 'viewBox="0 -.5 2400 1"' in fragment
+    assert f"{len(documents)} documents, {used:,} of 2,400 tokens" in Opened(fragment).text
+
+
+def test_a_pack_with_more_tokens_than_it_may_hold_is_not_drawn():
+    with pytest.raises(ValueError, match="pack 1 holds 17 tokens, over its 16"):
+        markup.packs([{"documents": [{"source": 0, "tokens": 17, "trained": 1}]}], 16, ["red"])
 
 
 def test_status_shows_the_latest_and_the_first_value_and_no_empty_boxes():
@@ -220,21 +271,6 @@ def test_samples_are_the_best_and_the_worst_of_a_group():
         ["", "worst", "low", "-1", "2", "stop token", ""],
         ["2 < 3?", "all 2 alike", "same", "1", "2", "stop token", ""],
     ]
-
-
-def test_pages_show_plain_artifacts_of_the_steps():
-    quantiles = {"p0": 3, "p50": 4, "p90": 5, "p99": 6, "p100": 7}
-    demos = {"samples": 2, "tokens": 10, "loss_tokens": 5, "length_quantiles": quantiles}
-    demos |= {"pack_tokens": 16, "predicted_fill": 0.625}
-    stats = {"prompts": {"held_out": {"prompts": 2, "tokens": 8, "longest": 4}}, "demonstrations": demos}
-    data = {
-        "rows": {"demonstrations": 2, "held_out": 2},
-        "sha256": {f"{n}.parquet": "ab" * 32 for n in stats["prompts"]},
-    }
-    data["sha256"]["demonstrations.parquet"] = "cd" * 32
-    assert "62.5%" in demonstrations(demos, [{"token": "x", "trained": True}])
-    assert "abababababababab" in sets_table(stats, data)
-    assert "held out" in sets_table(stats | {"demonstrations": None}, data)
 
 
 def test_answers_of_all_models_stand_beside_each_other():

@@ -1,0 +1,97 @@
+"""`posttrain`: small commands beside the flows. Words in, a function of steps/ called, its result on the terminal.
+
+Nothing is imported before a command runs, so that --help answers at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from posttrain.errors import PosttrainError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Run the command that the words name; an error with a known cause is one message, and exit status 1."""
+    sys.path.append(os.getcwd())  # a plug-in may lie where the command is started; last, so that it hides nothing
+    try:
+        app()
+    except PosttrainError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+@app.callback()
+def about() -> None:
+    """LLM post-training. A run is started by its flow: python flows/grpo_flow.py run --config FILE."""
+
+
+@app.command()
+def preview(
+    config: Annotated[str, typer.Argument(help="Run config, YAML.", metavar="CONFIG")],
+    config_value: Annotated[
+        list[str] | None, typer.Option(help="Override one key, as optim.lr=1e-4; may be repeated.", metavar="KEY=VALUE")
+    ] = None,
+) -> None:
+    """Show what would be trained: sources, lengths, masks and packs of the first draws. Writes nothing."""
+    from posttrain.config_file import load_config
+    from posttrain.overrides import metaflow_arguments
+
+    words = [word for value in config_value or () for word in ("--config-value", value)]
+    *_, document = metaflow_arguments(["--config", config, *words], default=Path(config))
+    parsed = load_config(document)  # first, so that a typing error is not answered by seconds of imports
+
+    from posttrain.workflow.data_report import print_report
+    from steps.preview import preview as report_of
+
+    print_report(report_of(parsed))
+
+
+@app.command()
+def audit(
+    run: Annotated[str, typer.Argument(help="Folder or s3:// prefix of a run's files.", metavar="RUN")],
+    other: Annotated[str | None, typer.Argument(help="A run to compare it with.", metavar="RUN2")] = None,
+    replay: Annotated[bool, typer.Option(help="Make the batches again from the data and compare them.")] = True,
+) -> None:
+    """Prove from its ledger what a run trained, each draw once; exit status 1 if that fails or RUN2 differs."""
+    from steps.audit import audit as prove
+
+    proved = prove(_absolute(run), None if other is None else _absolute(other), replay=replay)
+    _print_audit(proved)
+    if proved["equal"] is False:
+        raise typer.Exit(1)
+
+
+def _absolute(root: str) -> str:
+    from posttrain.storage import is_s3
+
+    return root.rstrip("/") if is_s3(root) else str(Path(root).expanduser().resolve())
+
+
+def _print_audit(proved: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*("stage", "steps", "draws trained", "dropped", "checkpoint", "replayed"))
+    for stage, facts in proved["stages"].items():
+        dropped = "\n".join(f"{count:,} {reason}" for reason, count in facts["dropped"].items())
+        newest = "-" if facts["checkpoint"] is None else f"step {facts['checkpoint']:,}"
+        replayed = f"{facts['replayed']:,} steps" if facts["replayed"] else "-"
+        numbers = (f"{facts['steps']:,}", f"{facts['draws']:,}", escape(dropped or "none"))
+        table.add_row(escape(stage), *numbers, newest, replayed)
+    console = Console(highlight=False)
+    console.print(f"{proved['root']}: every draw is accounted for", markup=False, soft_wrap=True)
+    console.print(table)
+    for stage, found in proved["differs"].items():
+        line = f"{stage}: step {found['step']} is the first that differs, in its {found['what']}"
+        console.print(line, markup=False, soft_wrap=True)
+    if proved["equal"]:
+        console.print(f"equal to {proved['other']}, step by step", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Token Parquet: tokenised Units on disk, and a stream's source of them.
+
+A row is a Unit: its documents laid end to end. Page checksums are written, and verified when
+read; a row group is a block that the stream's order can go to.
+"""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from posttrain.data.files import open_file
+from posttrain.data.order import BlockOrder
+from posttrain.data.source import Source
+from posttrain.data.types import Sample, Unit
+from posttrain.errors import RowError
+
+GROUP_TOKENS = 512 * 1024
+"""Tokens of a row group: about 6 MiB in memory, so that some fit in a group of the shuffle."""
+
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "target_ids": pa.list_(pa.int32()),
+        "loss_mask": pa.list_(pa.float32()),
+        "doc_lens": pa.list_(pa.int32()),
+        "length": pa.int32(),
+        "row_hash": pa.uint64(),
+    }
+)
+"""Of the unit: the columns of its documents end to end, tokens of each, tokens in all, and the hash of its row; null
+in all but the first unit of a row that was split."""
+
+_Hashed = tuple[Unit, int | None]
+
+
+def write_units(units: Iterable[_Hashed], path: Path) -> None:
+    """One Parquet file of units, each with the hash of the row it came from, or None."""
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True) as file:
+        group: list[_Hashed] = []
+        tokens = 0
+        for unit, row_hash in units:
+            group.append((unit, row_hash))
+            tokens += sum(map(len, unit))
+            if tokens >= GROUP_TOKENS:
+                file.write_table(_table(group))
+                group, tokens = [], 0
+        if group:
+            file.write_table(_table(group))
+
+
+def lengths_and_duplicates(source: Source) -> tuple[np.ndarray, int]:
+    """[N] int32 tokens of every unit, and how many rows are exact copies of another; reads no tokens."""
+    lengths, hashes = [np.empty(0, np.int32)], [np.empty(0, np.uint64)]
+    for shard in source.shards:
+        with open_file(shard.file) as raw:
+            table = pq.read_table(raw, columns=["length", "row_hash"], page_checksum_verification=True)
+        lengths.append(table["length"].to_numpy())
+        hashes.append(table["row_hash"].drop_null().to_numpy())
+    known = np.concatenate(hashes)
+    return np.concatenate(lengths), len(known) - len(np.unique(known))
+
+
+class TokenUnits:
+    """Draw numbers of one source -> Units, from token Parquet."""
+
+    def __init__(self, source: Source, *, seed: int, number: int):
+        """
+        Args:
+            number: place in the mixture; the same file twice is shuffled differently.
+        """
+        self.source = source
+        self.order = BlockOrder(source.block_rows, source.block_bytes, seed=seed, source=number)
+
+    def units(self, positions: np.ndarray) -> list[list[Unit] | RowError]:
+        """The unit of draws `positions` [N] of this source, each alone in a list.
+
+        Raises:
+            DataError: a page's bytes are damaged.
+        """
+        blocks, rows = self.order.locate(positions)
+        found: list[list[Unit] | RowError] = [[]] * len(positions)
+        for block in np.unique(blocks):
+            here = np.flatnonzero(blocks == block)
+            table: Any = self.source.block(int(block))  # Parquet: a pa.Table
+            for place, unit in zip(here, _units(table.take(rows[here])), strict=True):
+                found[place] = [unit]
+        if len(positions):
+            self.source.read_ahead(self.order.group_after(int(positions[-1])).tolist())
+        return found
+
+
+def _table(group: list[_Hashed]) -> pa.Table:
+    assert not any(sample.fields for unit, _ in group for sample in unit), "fields have no column yet"
+    columns: dict[str, list] = {
+        name: [np.concatenate([getattr(sample, name) for sample in unit]) for unit, _ in group]
+        for name in ("input_ids", "target_ids", "loss_mask")
+    }
+    columns["doc_lens"] = [[len(sample) for sample in unit] for unit, _ in group]
+    columns["length"] = [sum(map(len, unit)) for unit, _ in group]
+    columns["row_hash"] = [row_hash for _, row_hash in group]
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA})
+
+
+def _units(table: pa.Table) -> list[Unit]:
+    inputs, starts = _lists(table, "input_ids")
+    targets, mask = _lists(table, "target_ids")[0], _lists(table, "loss_mask")[0]
+    doc_lens, doc_starts = _lists(table, "doc_lens")
+    units = []
+    for row in range(table.num_rows):
+        ends = starts[row] + np.cumsum(doc_lens[doc_starts[row] : doc_starts[row + 1]])
+        bounds = [int(starts[row]), *ends.tolist()]
+        units.append(
+            tuple(
+                Sample(input_ids=inputs[a:b], target_ids=targets[a:b], loss_mask=mask[a:b]) for a, b in pairwise(bounds)
+            )
+        )
+    return units
+
+
+def _lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a list column, and where each row's begin. (combine_chunks() leaves no offset before row 0.)"""
+    column = table[name].combine_chunks()
+    return column.values.to_numpy(), column.offsets.to_numpy()

@@ -1,0 +1,60 @@
+"""What a config would train on, before anything runs: `posttrain preview CONFIG`. Reads no weights, starts no Ray."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import RunConfig
+from posttrain.data.prompts import tokenize_prompts
+from posttrain.data.source import stored_rows
+from posttrain.data.tokenizer import BaseHFModelTokenizer, train_tokenizer
+from posttrain.data.types import Row
+from posttrain.model.families import decoder_config
+from posttrain.model.load import read_config
+from steps.data_report import first_window_report, source_report
+from steps.prepare import TEXT_FILES, model_folder, vocabulary_texts, write_data
+from steps.streams import PROVED_ROWS, make_encoder, pack_stream, record_units, stored_sources
+
+
+def preview(config: RunConfig) -> dict[str, Any]:
+    """The data report of the first window, as the tokenize steps would write it for tokenising online.
+
+    Raises:
+        DataError: a source cannot be read, or a row of the first window is refused.
+    """
+    with tempfile.TemporaryDirectory(prefix="posttrain-") as name:
+        root = Path(name)
+        (root / "data").mkdir()
+        write_data(config, root=name, folder=root / "data")
+        rows = {each: stored_rows(root / "data" / f"{each}.parquet") for each in ("prompts", "held_out")}
+        return _report(config, root, rows)
+
+
+def _report(config: RunConfig, root: Path, rows: dict[str, list[Row]]) -> dict[str, Any]:
+    sources = stored_sources(root / "data")
+    if config.model.fresh:
+        folder, shape = root / "model", None
+        folder.mkdir()
+        texts = vocabulary_texts(config, rows, sources)
+        train_tokenizer(texts, folder, vocab_size=config.model.fresh.vocab_size)
+    else:
+        assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"
+        folder = model_folder(config.model.path, config.model.revision, suffixes=TEXT_FILES)
+        shape = decoder_config(read_config(folder))
+    tokenizer = BaseHFModelTokenizer(folder)
+    encoder = make_encoder(config, tokenizer, shape, prove=PROVED_ROWS)
+    units = record_units(config, sources, encoder, held_out=rows["held_out"])
+    stream = pack_stream(config, units, sources) if sources else None
+    described = [source_report(entry, source) for entry, source in zip(config.data.sources, sources, strict=False)]
+    limit = config.data.max_prompt_tokens
+    lengths = {
+        name: [len(ids) for ids in tokenize_prompts(found, tokenizer, key=f"data.{name}", max_prompt_tokens=limit)]
+        for name, found in rows.items()
+    }
+    return {
+        "scope": "the first 1,024 draws",
+        "tokenizer_sha256": tokenizer.fingerprint(),
+        "pack_tokens": config.data.pack_tokens,
+        "prompts": {n: {"prompts": len(x), "tokens": sum(x), "longest": max(x)} for n, x in lengths.items()},
+        **first_window_report(stream, described, encoder),
+    }
