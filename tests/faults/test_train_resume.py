@@ -58,6 +58,7 @@ def test_two_kills_and_one_two_and_four_ranks_train_the_same_global_batches(
     assert len({row["digest"] for row in uninterrupted["rows"]}) == STEPS
 
 
+@pytest.mark.slow
 def test_a_kill_on_the_same_ranks_resumes_bitwise(
     base: tuple[str, Prepared], uninterrupted: dict[str, Any], tmp_path: Path
 ):
@@ -69,6 +70,7 @@ def test_a_kill_on_the_same_ranks_resumes_bitwise(
     assert metrics(tmp_path / "metrics" / "warmup.jsonl") == metrics(expected / "metrics" / "warmup.jsonl")
 
 
+@pytest.mark.slow
 def test_the_audit_recomputes_every_batch_of_a_killed_run(
     base: tuple[str, Prepared], uninterrupted: dict[str, Any], tmp_path: Path
 ):

@@ -242,6 +242,7 @@ def test_a_reward_may_lie_in_the_folder_where_the_run_is_started(tmp_path: Path)
     assert "my_reward" not in refused.stdout
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side_do_not_meet(tmp_path: Path):
     from concurrent.futures import ThreadPoolExecutor
 

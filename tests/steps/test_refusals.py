@@ -9,6 +9,7 @@ import pytest
 
 from posttrain import storage
 from posttrain.config import RunConfig
+from posttrain.config_file import load_config
 from posttrain.errors import ConfigError, DataError
 from posttrain.manifest import read_manifest
 from runs import prepared, small_config
@@ -65,7 +66,15 @@ def test_plan_finds_a_model_below_the_home_folder(tmp_path: Path, monkeypatch: p
         plan(config, flow="F", run_id="1")
     (tmp_path / "model" / "config.json").write_text("{}")
     found = plan(config, flow="F", run_id="1")
-    assert found["root"] == str(tmp_path / "runs" / "F" / "1") and not os.path.exists(found["root"])
+    assert found["root"] == str(tmp_path / "runs" / "F" / "1")
+    assert load_config(Path(found["root"], "config.json").read_text()) == config, "the run keeps its resolved config"
+
+
+def test_a_refused_plan_leaves_nothing(tmp_path: Path):
+    config = small_config(**{"data.prompts": "nowhere.jsonl", "checkpoint.root": str(tmp_path / "runs")})
+    with pytest.raises(ConfigError, match=r"nowhere\.jsonl does not exist"):
+        plan(config, flow="F", run_id="1")
+    assert not os.path.exists(tmp_path / "runs" / "F" / "1")
 
 
 def test_a_hub_revision_is_a_full_commit():

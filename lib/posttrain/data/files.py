@@ -7,7 +7,7 @@ the run was planned on, and an open seekable file that refuses to read another v
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +52,19 @@ def list_files(uri: str, *, suffixes: tuple[str, ...]) -> list[File]:
     )
 
 
-def open_file(file: File, *, cache: ChunkCache | None = None) -> io.BufferedReader | RangedFile:
+def open_file(
+    file: File, *, cache: ChunkCache | None = None, starts: Sequence[int] | None = None
+) -> io.BufferedReader | RangedFile:
     """Open for reading and seeking; `cache` keeps what is read from S3. For pyarrow, wrap it in pa.PythonFile.
+
+    Args:
+        starts: where the ranges that S3 is asked for begin; None cuts the file evenly.
 
     Raises:
         DataError: gone, or changed since it was listed; on S3 the first read finds out.
     """
     if storage.is_s3(file.uri):
-        return RangedFile(file.uri, size=file.size, etag=file.version, cache=cache)
+        return RangedFile(file.uri, size=file.size, etag=file.version, cache=cache, starts=starts)
     try:
         now = os.stat(file.uri)
         if (now.st_size, str(now.st_mtime_ns)) == (file.size, file.version):

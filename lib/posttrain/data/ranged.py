@@ -1,4 +1,4 @@
-"""Random access to one S3 object: a seekable file over aligned chunks, each one ranged GET.
+"""Random access to one S3 object: a seekable file over chunks, each one ranged GET.
 
 In: an object as it was listed. Out: its bytes, in any order, from any thread. Chunks that were read
 last stay in memory, the next ones are fetched ahead by threads that all files of the process share,
@@ -8,7 +8,9 @@ and a reader joins a fetch that is under way instead of repeating it.
 import io
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 CHUNK_BYTES = 4 * 1024 * 1024
-MEMORY_CHUNKS = 16
+MEMORY_CHUNKS = 32
+"""Half of them may be fetched ahead: a group of order.py's BlockOrder fits."""
 READ_AHEAD_CHUNKS = 2
 READ_AHEAD_THREADS = 8
 
@@ -29,9 +32,10 @@ READ_AHEAD_THREADS = 8
 class RangedFile(io.RawIOBase):
     """An S3 object as a read-only seekable file; reads are whole, short only at its end.
 
-    Holds at most `memory_chunks` chunks of `chunk_bytes`, and half as many again under way. Threads may share it:
-    `read_at` has no position; `read` and `seek` share one, as pyarrow's PythonFile expects, which locks around them.
-    Open it in the process that reads: it does not survive a fork.
+    Holds at most `memory_chunks` chunks of `chunk_bytes`, and half as many again under way. Chunks begin at every
+    multiple of `chunk_bytes`, or at `starts` (ascending, from 0), so that who reads certain blocks fetches no more.
+    Threads may share it: `read_at` has no position; `read` and `seek` share one, as pyarrow's PythonFile expects,
+    which locks around them. Open it in the process that reads: it does not survive a fork.
 
     Every read raises DataError when the object changed since it was listed, or cannot be had (see get_range).
     """
@@ -46,11 +50,13 @@ class RangedFile(io.RawIOBase):
         patience: Patience = PATIENCE,
         chunk_bytes: int = CHUNK_BYTES,
         memory_chunks: int = MEMORY_CHUNKS,
+        starts: Sequence[int] | None = None,
     ):
         super().__init__()
         self.uri, self.size, self.name = uri, size, uri
         self._etag, self._cache, self._patience = etag, cache, patience
-        self._chunk_bytes, self._memory_chunks = chunk_bytes, max(memory_chunks, 1)
+        self._starts: Sequence[int] = starts or range(0, max(size, 1), chunk_bytes)
+        self._memory_chunks = max(memory_chunks, 1)
         self._position = 0
         self._sequential_at = 0  # where a read must start to continue the one before
         self._lock = threading.Lock()
@@ -70,7 +76,7 @@ class RangedFile(io.RawIOBase):
         pieces = []
         for number in wanted:
             self._start(range(number + 1, wanted.stop + ahead))
-            start = number * self._chunk_bytes
+            start = self._starts[number]
             pieces.append(memoryview(self._chunk(number))[max(offset - start, 0) : end - start])
         return b"".join(pieces)
 
@@ -80,6 +86,13 @@ class RangedFile(io.RawIOBase):
         end = min(offset + length, self.size)
         if offset < end:
             self._start(self._numbers(offset, end))
+
+    def drop(self, offset: int, length: int) -> None:
+        """Forget a range that will not be read again soon: chunks that begin in it."""
+        with self._lock:
+            for number in self._numbers(offset, offset + length):
+                if self._starts[number] >= offset:
+                    self._chunks.pop(number, None)
 
     def read(self, size: int | None = -1, /) -> bytes:
         """`size` bytes from the position, all that is left when negative or None."""
@@ -104,8 +117,8 @@ class RangedFile(io.RawIOBase):
         limit = self.size if size is None or size < 0 else min(self._position + size, self.size)
         line = b""
         while self._position < limit and not line.endswith(b"\n"):
-            rest_of_chunk = self._chunk_bytes - self._position % self._chunk_bytes
-            step = min(rest_of_chunk, limit - self._position, max(_LINE_BYTES, len(line)))
+            _, end_of_chunk = self._span(self._numbers(self._position, self._position + 1).start)
+            step = min(end_of_chunk - self._position, limit - self._position, max(_LINE_BYTES, len(line)))
             piece = self.read_at(self._position, step)
             piece = piece[: piece.find(b"\n") + 1 or None]
             self._position += len(piece)
@@ -152,14 +165,18 @@ class RangedFile(io.RawIOBase):
             raise ValueError(f"{self.uri}: read of a closed file")
 
     def _numbers(self, offset: int, end: int) -> range:
-        return range(offset // self._chunk_bytes, (end - 1) // self._chunk_bytes + 1)
+        return range(bisect_right(self._starts, offset) - 1, bisect_right(self._starts, end - 1))
+
+    def _span(self, number: int) -> tuple[int, int]:
+        """Where a chunk begins, and where it ends."""
+        return self._starts[number], self._starts[number + 1] if number + 1 < len(self._starts) else self.size
 
     def _start(self, numbers: range) -> None:
         """Fetch chunks ahead, at most half of what memory holds: more would push out chunks before they are read."""
         half = self._memory_chunks // 2
         with self._lock:
             for number in numbers[:half]:
-                if len(self._under_way) >= half or number * self._chunk_bytes >= self.size:
+                if len(self._under_way) >= half or number >= len(self._starts):
                     return
                 if number not in self._chunks and number not in self._under_way:
                     self._under_way[number] = _read_ahead_pool(os.getpid()).submit(self._load, number)
@@ -200,9 +217,8 @@ class RangedFile(io.RawIOBase):
                 self._under_way.pop(number, None)
 
     def _cached_or_fetched(self, number: int) -> bytes:
-        first = number * self._chunk_bytes
-        last = min(first + self._chunk_bytes, self.size) - 1
-        wanted = Range(uri=self.uri, size=self.size, etag=self._etag, first=first, last=last)
+        first, end = self._span(number)
+        wanted = Range(uri=self.uri, size=self.size, etag=self._etag, first=first, last=end - 1)
         cached = self._cache.get(wanted) if self._cache else None
         if cached is not None:
             return cached

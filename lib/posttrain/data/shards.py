@@ -6,8 +6,7 @@ lines (JSONL, Arrow streams).
 """
 
 import hashlib
-import json
-import re
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from posttrain.data import json_lines
 from posttrain.data.files import File, open_file
+from posttrain.data.ranged import CHUNK_BYTES, RangedFile
 from posttrain.errors import DataError, RowError
 
 SUFFIXES = (".jsonl", ".parquet", ".arrow")
 
-LINES_BYTES = 2 * 1024 * 1024
-"""About the size of a block of JSON lines."""
-
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-
-_BLANK = re.compile(rb"\n\r?\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +75,22 @@ class Reader:
 
     def __init__(self, shard: Shard):
         self.shard = shard
-        self._raw = open_file(shard.file)
+        self._raw = open_file(shard.file, starts=_starts(shard))
         self._parquet: pq.ParquetFile | None = None
         self._arrow: pa.RecordBatchFileReader | None = None
 
     def read(self, block: int) -> "Records":
-        """The records of a block.
+        """The records of a block; its bytes are not kept.
 
         Raises:
             DataError: the bytes are damaged (a page's checksum differs, a batch does not decode).
         """
+        records, at = self._read(block), self.shard.blocks[block]
+        if isinstance(self._raw, RangedFile) and at.length:
+            self._raw.drop(at.offset, at.length)
+        return records
+
+    def _read(self, block: int) -> "Records":
         uri = self.shard.file.uri
         try:
             if uri.endswith(".parquet"):
@@ -100,14 +102,13 @@ class Reader:
             raise DataError(f"{uri}, block {block}: its bytes are damaged: {error}; write the file again") from None
         at = self.shard.blocks[block]
         self._raw.seek(at.offset)
-        return _lines(self._raw.read(at.length))
+        return json_lines.split_lines(self._raw.read(at.length))
 
     def read_ahead(self, block: int) -> None:
         """Begin to fetch a block's bytes, where that takes time."""
-        prefetch = getattr(self._raw, "prefetch", None)
-        if prefetch is not None:
-            at = self.shard.blocks[block]
-            prefetch(at.offset, at.length)
+        at = self.shard.blocks[block]
+        if isinstance(self._raw, RangedFile) and at.length:
+            self._raw.prefetch(at.offset, at.length)
 
     def close(self) -> None:
         """Close the file."""
@@ -131,7 +132,7 @@ Records = pa.Table | list[bytes]
 def take(records: Records, rows: Sequence[int]) -> list[dict[str, Any] | RowError]:
     """Some rows of a block as Python values; a row that is no record comes back as the error it is."""
     if isinstance(records, list):
-        return [_parse(records[row]) for row in rows]
+        return json_lines.parse_lines([records[row] for row in rows])
     return records.take(pa.array(rows, pa.int64())).to_pylist()
 
 
@@ -139,27 +140,16 @@ def line_number(shard: Shard, block: int, row: int) -> int:
     """Line, from 1, of a row of a JSONL shard; reads the file up to it, so only for errors."""
     at = shard.blocks[block]
     with open_file(shard.file) as raw:
-        before, left = 0, at.offset
-        while left > 0:
-            data = raw.read(min(left, LINES_BYTES))
-            before, left = before + data.count(b"\n"), left - len(data)
-        lines = raw.read(at.length).split(b"\n")
-    numbers = [number for number, line in enumerate(lines, start=before + 1) if line not in (b"", b"\r")]
-    return numbers[row]
+        return json_lines.line_number(_read_at(raw), json_lines.Lines(at.rows, at.offset, at.length), row)
 
 
-def _parse(line: bytes) -> dict[str, Any] | RowError:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        found = line[error.start : error.start + 4].hex(" ")
-        return RowError("not_utf8", f"byte {error.start} of the line is not UTF-8 ({found}); save the file as UTF-8")
-    except (json.JSONDecodeError, RecursionError) as error:
-        shown = line[:80].decode("utf-8", "replace")
-        return RowError("not_json", f"not a JSON record: {error}; the line begins {shown!r}")
-    if not isinstance(record, dict):
-        return RowError("not_a_record", f"expected a JSON object, got {type(record).__name__}")
-    return record
+def _starts(shard: Shard) -> list[int]:
+    """Where ranged reads of a shard begin: at its blocks, and within a long one."""
+    edges = {0}
+    for block in shard.blocks:
+        end = block.offset + block.length
+        edges |= {*range(block.offset, end, CHUNK_BYTES), end}
+    return sorted(edge for edge in edges if edge == 0 or edge < shard.file.size)
 
 
 def _index_parquet(file: File) -> Shard:
@@ -215,24 +205,19 @@ def _is_arrow_file(raw: Any) -> bool:
 
 
 def _index_lines(file: File) -> Shard:
-    """Cut JSON lines into blocks at line ends, counting lines. Blank lines do not count."""
-    blocks, start, kept = [], 0, b""
     with open_file(file) as raw:
-        while True:
-            data = raw.read(LINES_BYTES)
-            cut = data.rfind(b"\n") + 1 if data else 0
-            if data and not cut:
-                kept += data
-                continue
-            piece = kept + data[:cut]
-            if piece:
-                blocks.append(Block(rows=_count(piece), bytes=len(piece), offset=start, length=len(piece)))
-            start, kept = start + len(piece), data[cut:]
-            if not data:
-                break
+        found = json_lines.cut_lines(_read_at(raw), file.size)
+    blocks = [Block(rows=each.rows, bytes=each.length, offset=each.offset, length=each.length) for each in found]
     chain = hashlib.sha256(repr([(b.rows, b.bytes) for b in blocks]).encode())
     chain.update(_ends(file))
     return Shard(file=file, fingerprint=chain.hexdigest(), blocks=tuple(b for b in blocks if b.rows))
+
+
+def _read_at(raw: Any) -> json_lines.ReadAt:
+    """Reads at any place, from any thread."""
+    if isinstance(raw, RangedFile):
+        return raw.read_at
+    return lambda offset, length: os.pread(raw.fileno(), length, offset)
 
 
 def _ends(file: File, size: int = 65536) -> bytes:
@@ -241,20 +226,3 @@ def _ends(file: File, size: int = 65536) -> bytes:
         head = raw.read(size)
         raw.seek(max(0, file.size - size))
         return head + raw.read(size)
-
-
-def _count(data: bytes) -> int:
-    if _has_blank_line(data):
-        return len(_lines(data))
-    return data.count(b"\n") + (not data.endswith(b"\n"))
-
-
-def _lines(data: bytes) -> list[bytes]:
-    lines = data.split(b"\n")
-    if _has_blank_line(data):
-        return [line for line in lines if line not in (b"", b"\r")]
-    return lines if lines[-1] else lines[:-1]
-
-
-def _has_blank_line(data: bytes) -> bool:
-    return data[:1] in b"\r\n" or _BLANK.search(data) is not None  # the regex is three times as fast as `in`

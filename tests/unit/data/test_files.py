@@ -167,7 +167,7 @@ CALLS = st.one_of(
     st.tuples(st.just("read"), st.one_of(st.none(), st.integers(-1, 2000))),
     st.tuples(st.just("readline"), st.integers(-1, 700)),
     st.tuples(st.just("readinto"), st.integers(0, 2000)),
-    st.tuples(st.just("prefetch"), OFFSETS),
+    st.tuples(st.sampled_from(["prefetch", "drop"]), OFFSETS),
 )
 
 
@@ -180,18 +180,23 @@ def answer(file, call, number):
     elif call == "readinto":
         buffer = bytearray(number)
         result = (file.readinto(buffer), bytes(buffer))
-    elif call == "prefetch":
-        result = file.prefetch(number, 1500) if isinstance(file, RangedFile) else None
+    elif call in ("prefetch", "drop"):
+        result = getattr(file, call)(number, 1500) if isinstance(file, RangedFile) else None
     else:
         result = getattr(file, call)(number)
     return result, file.tell()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(calls=st.lists(CALLS, max_size=12), chunk_bytes=st.integers(300, 6000), memory_chunks=st.integers(1, 5))
-def test_any_sequence_of_calls_answers_as_bytes_in_memory_do(listed, calls, chunk_bytes, memory_chunks):
+@given(
+    calls=st.lists(CALLS, max_size=12),
+    chunk_bytes=st.integers(300, 6000),
+    memory_chunks=st.integers(1, 5),
+    starts=st.none() | st.sets(st.integers(1, len(DATA) - 1), max_size=9).map(lambda found: [0, *sorted(found)]),
+)
+def test_any_sequence_of_calls_answers_as_bytes_in_memory_do(listed, calls, chunk_bytes, memory_chunks, starts):
     oracle = io.BytesIO(DATA)
-    with ranged(listed, chunk_bytes=chunk_bytes, memory_chunks=memory_chunks) as file:
+    with ranged(listed, chunk_bytes=chunk_bytes, memory_chunks=memory_chunks, starts=starts) as file:
         for call, number in calls:
             assert answer(file, call, number) == answer(oracle, call, number)
 
@@ -237,6 +242,15 @@ def test_memory_holds_the_chunks_read_last(listed, proxy):
         for offset in (600, 3000, 601, 4500, 602, 3000):
             assert file.read_at(offset, 1) == DATA[offset : offset + 1]
     assert [int(get.range[6:].split("-")[0]) // 512 for get in proxy.gets] == [1, 5, 8, 5]
+
+
+def test_chunks_may_begin_where_blocks_do_and_are_forgotten_when_dropped(listed, proxy):
+    with ranged(listed, starts=[0, 700, 1900]) as file:
+        assert file.read_at(700, 1200) + file.read_at(900, 5) == DATA[700:1900] + DATA[900:905]
+        assert [get.range for get in proxy.gets] == ["bytes=700-1899"], "the block, and nothing around it"
+        file.drop(600, 1300)
+        assert file.read_at(650, 100) == DATA[650:750]
+    assert sorted(get.range for get in proxy.gets[1:]) == ["bytes=0-699", "bytes=700-1899"]
 
 
 def test_a_file_longer_than_memory_is_read_with_one_get_a_chunk(listed, proxy):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import small_task
 from posttrain import storage
-from posttrain.data.shards import LINES_BYTES
+from posttrain.data.json_lines import LINES_BYTES
 from posttrain.data.source import (
     HELD_BYTES,
     OPEN_FILES,
@@ -301,6 +301,19 @@ def test_an_index_kept_as_json_opens_the_same_source_without_looking_at_the_file
     changed = Source.indexed(kept)
     with pytest.raises(DataError, match=r"data\.sources\[0\]: .*b\.jsonl: changed since it was indexed"):
         list(changed.in_order())
+
+
+def test_blocks_in_any_order_are_fetched_from_s3_without_a_byte_too_many(s3_bucket, proxy):
+    lines = "".join(f'{{"text": "{n:05d} {"x" * 5000}"}}\n' for n in range(2000)).encode()
+    storage.write_bytes(f"{s3_bucket}/data.jsonl", lines)
+    source = Source(f"{s3_bucket}/data.jsonl", key="x")
+    proxy.reset()
+    for block in (3, 0, 2, 1, 4):
+        source.read_ahead([block])
+        (first,) = source.records(np.array([block]), np.array([0]))
+        assert isinstance(first, dict)
+    asked = [tuple(map(int, get.range[6:].split("-"))) for get in proxy.gets]
+    assert sorted(asked) == [(b.offset, b.offset + b.length - 1) for b in source.shards[0].blocks] and len(asked) == 5
 
 
 def test_rows_of_a_function_become_a_file_once(tmp_path):
