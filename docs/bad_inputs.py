@@ -21,7 +21,8 @@ from posttrain.data.row_reader import RowReader
 from posttrain.data.source import Source, check_source, read_rows
 from posttrain.data.stream import PackStream, UnitSource
 from posttrain.data.token_files import lengths_and_duplicates, write_units
-from posttrain.data.tokenizer import BaseHFModelTokenizer, train_tokenizer
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.errors import PosttrainError
 
 ROOM = 64

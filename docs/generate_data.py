@@ -8,7 +8,8 @@ from typing import Any
 from bad_inputs import ASK, GOOD, PAIR, SAY, TABLES, WRONG, outcome
 
 from posttrain.data.records import Format, check_row, convert, detect
-from posttrain.data.tokenizer import BaseHFModelTokenizer, train_tokenizer
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.train_tokenizer import train_tokenizer
 
 DOCS = Path(__file__).resolve().parent
 HEAD = """# Data

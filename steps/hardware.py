@@ -33,7 +33,8 @@ def hardware(parallel: Parallel) -> Hardware:
     gpus = parallel.gpus_per_node
     ranks_per_node = -(-parallel.data // parallel.nodes)
     alone = gpus * parallel.nodes > parallel.data
-    workers = max(1, gpus // 2) if gpus else 0  # a core tokenises and packs for two GPUs with room to spare
+    # One worker makes 0.6 M tokens/s and more (benchmarks/tokenize_pack.py); a GPU trains a 0.6B model at 0.1 M.
+    workers = -(-gpus // 4)
     return Hardware(
         cluster={"num_cpus": max(cores, ranks_per_node + 1 + workers), "num_gpus": gpus},
         policy={

@@ -12,7 +12,7 @@ from posttrain import storage
 from posttrain.config import RunConfig
 from posttrain.data.record_checks import question_hash
 from posttrain.data.source import Source, as_files, read_rows, stored_rows, write_rows
-from posttrain.data.tokenizer import train_tokenizer
+from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.errors import ModelError, RowError
 from posttrain.manifest import MANIFEST, read_manifest

@@ -7,7 +7,8 @@ from typing import Any
 from posttrain.config import RunConfig
 from posttrain.data.prompts import tokenize_prompts
 from posttrain.data.source import stored_rows
-from posttrain.data.tokenizer import BaseHFModelTokenizer, train_tokenizer
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.model.families import decoder_config
 from posttrain.model.load import read_config

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from posttrain.data.tokenizer import BaseHFModelTokenizer, train_tokenizer
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.model.build import build_model, fresh_config
 
 TEXTS = ["user\nsort 3141592\n", "assistant\n1123459\n", "system\nAnswer with the digits only.\n"]

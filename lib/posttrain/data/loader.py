@@ -21,6 +21,9 @@ from posttrain.errors import ComputeError, DataError
 AHEAD = 2
 """Windows made before they are asked for, beside the one that each further worker makes."""
 
+GRACE_S = 30
+"""For the windows that are being made when the loading ends, seconds; each takes one or two."""
+
 EMPTY_WINDOWS = 16
 """Windows without a pack, one after the other, that end the run: sources that repeat would give no other."""
 
@@ -151,17 +154,20 @@ def loading(
         wanted.put((future, window))
         return future
 
-    for work in works:
-        # Not an executor: it would wait at exit for a read that hangs. What is left in the queue is not begun.
-        Thread(target=_serve, args=(work, wanted), name="packs", daemon=True).start()
+    # Not an executor, which would wait for ever at exit for a read that hangs.
+    threads = [Thread(target=_serve, args=(work, wanted), name="packs", daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
     ahead = AHEAD + len(works) - 1
     loader = Loader(stream, submit, ahead=ahead, max_bad_rows=max_bad_rows, state=state, timeout_s=timeout_s)
     try:
         yield loader
     finally:
         loader.forget()
-        for _ in works:
+        for _ in threads:
             wanted.put(None)
+        for thread in threads:  # a thread inside of Rust or Arrow at the interpreter's end would abort the process
+            thread.join(GRACE_S)
 
 
 def _serve(work: Work, wanted: SimpleQueue) -> None:

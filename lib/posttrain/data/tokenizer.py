@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,9 @@ from posttrain.data import special_tokens
 from posttrain.data.chat_template import ChatTemplate, Messages, Spans, Tools, check_messages, strftime_now
 from posttrain.data.markers import Turn, choose_template, read_turn
 from posttrain.data.masks import TrainOn, assistant_spans, token_mask, turn_weights
+from posttrain.data.pieces import Pieces, can_be_cut
 from posttrain.data.template_fixtures import FIXTURES
-from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.errors import DataError, RowError
-
-__all__ = ["BaseHFModelTokenizer", "Encoded", "train_tokenizer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +228,10 @@ class BaseHFModelTokenizer:
         self._encoder = Tokenizer.from_str(whole)
         self._encoder.no_padding()
         self._encoder.no_truncation()
+        whole_texts = partial(self._encoder.encode_batch, add_special_tokens=False)
+        self._batch: Callable[[list[str]], Sequence[Any]] = (
+            Pieces(self._encoder).encode_batch if can_be_cut(self._encoder) else whole_texts
+        )
         self._adds_bos = self.hf.bos_token_id is not None and self.hf.bos_token_id in self.hf("a")["input_ids"]
         self.vocab_size = len(self.hf)
         self.max_id: int = max(self.hf.get_vocab().values())
@@ -248,7 +251,7 @@ class BaseHFModelTokenizer:
             except RowError as error:
                 found.append(error)
         fit = [index for index, each in enumerate(found) if not isinstance(each, RowError)]
-        encodings = self._encoder.encode_batch([found[index][0] for index in fit], add_special_tokens=False)
+        encodings = self._batch([found[index][0] for index in fit])
         for index, encoding in zip(fit, encodings, strict=True):
             try:
                 mask = token_mask(encoding, *found[index])

@@ -69,7 +69,8 @@ def test_an_actor_that_fails_is_named_or_its_own_error_comes_through(make, broke
         digests(make, works)
 
 
-def test_a_window_that_does_not_come_stops_the_loader(make):
+def test_a_window_that_does_not_come_stops_the_loader(make, monkeypatch):
+    monkeypatch.setattr("posttrain.data.loader.GRACE_S", 0.1)
     with (
         pytest.raises(ComputeError, match=r"window 0 of the data did not come in 0\.1 s"),
         loading(make(), workers=[_wait_for_ever], timeout_s=0.1) as loader,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -211,3 +212,34 @@ def test_a_pair_is_one_unit_in_one_pack(tokenizer, tmp_path):
     assert all(len(each.samples) == 2 * each.num_units for each in window.packs)
     texts = [tokenizer.hf.decode(s.target_ids[s.loss_mask > 0]) for each in window.packs for s in each.samples]
     assert texts == ["12<|im_end|>", "21<|im_end|>"] * 9
+
+
+def test_a_window_under_way_ends_before_the_loading_does(tokenizer, files):
+    begun, ended = threading.Event(), threading.Event()
+    made = stream(tokenizer, files)
+
+    def work(index):
+        window = made.window(index)
+        if index:
+            begun.set()
+            asked_to_end.wait(60)
+            ended.set()
+        return window
+
+    asked_to_end = threading.Event()
+    with loading(made, workers=[work]) as loader:
+        loader.take(1)
+        assert begun.wait(60)
+        asked_to_end.set()
+    assert ended.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name == "packs"]
+
+
+def test_sources_of_which_every_row_is_dropped_end_the_run_and_say_why(tokenizer, lengthy, tmp_path):
+    rows = [record(n, "3" * 100) for n in range(4)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (
+        loading(stream(tokenizer, [str(tmp_path / "long.jsonl")], over_long="drop")) as loader,
+        pytest.raises(DataError, match=r"no row is left of the last 512 draws \(dropped so far: 512 too_long\)"),
+    ):
+        loader.take(1)

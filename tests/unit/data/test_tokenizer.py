@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from posttrain.data.special_tokens import semantic_id_tokens
 from posttrain.data.template_fixtures import TOOL_TALK, TOOLS
-from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded, train_tokenizer
+from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded
+from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.errors import DataError, RowError
 from stock_templates import CHATML, save_tokenizer, stock_tokenizer
 from tiny import tiny_tokenizer
