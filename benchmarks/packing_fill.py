@@ -2,7 +2,8 @@
 
 TRL plans over the whole data set at once, which no stream can; we plan window by window.
 Both get the same lengths. TRL packs the tokens in the same call, so its time is the whole
-call's; ours groups views of the tokens, which are copied later, when a batch is made. Prints one
+call's; ours groups views of the tokens, which are copied later, when a batch is made. The last
+columns say how far packs are sorted by length: a batch of few packs is then no fair sample. Prints one
 JSON line per workload and writes benchmarks/results/packing_fill.json.
 
     python benchmarks/packing_fill.py [--rows 200000]
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,14 +49,25 @@ def ours(lengths: np.ndarray) -> dict[str, float]:
     """Seconds of planning, seconds of planning and packing, and fill."""
     windows = [lengths[start : start + WINDOW].tolist() for start in range(0, len(lengths), WINDOW)]
     start = time.perf_counter()
-    packs = sum(len(plan(window, pack_tokens=T)) for window in windows)
+    plans = [plan(window, pack_tokens=T) for window in windows]
     planned = time.perf_counter() - start
+    packs = [[window[i] for i in members] for window, found in zip(windows, plans, strict=True) for members in found]
     tokens, ones = np.zeros(T + 1, np.int32), np.ones(T + 1, np.float32)
     units = [[(shift(tokens[: n + 1], ones[: n + 1]),) for n in window] for window in windows]
     start = time.perf_counter()
     for window in units:
         pack(window, pack_tokens=T)
-    return {"plan_s": planned, "pack_s": time.perf_counter() - start, "fill": float(lengths.sum() / (packs * T))}
+    seconds = time.perf_counter() - start
+    fill = float(lengths.sum() / (len(packs) * T))
+    return {"plan_s": planned, "pack_s": seconds, "fill": fill, "sorted": between_packs(packs)}
+
+
+def between_packs(packs: Sequence[Sequence[int]]) -> float:
+    """Share of the variance of log length that lies between packs: 0 is a fair mix, 1 is packs of one length each."""
+    logs = [np.log(np.asarray(lengths)) for lengths in packs]
+    every = np.concatenate(logs)
+    between = sum(len(each) * (each.mean() - every.mean()) ** 2 for each in logs) / len(every)
+    return float(between / every.var())
 
 
 def trl(lengths: np.ndarray) -> dict[str, float]:
@@ -70,7 +83,8 @@ def trl(lengths: np.ndarray) -> dict[str, float]:
     start = time.perf_counter()
     packed = pack_dataset(dataset, T, strategy="bfd", map_kwargs={"batch_size": len(lengths)})
     seconds = time.perf_counter() - start
-    return {"pack_s": seconds, "fill": float(lengths.sum() / (len(packed) * T))}
+    found = [lengths.as_py() for lengths in packed.data.column("seq_lengths")]
+    return {"pack_s": seconds, "fill": float(lengths.sum() / (len(packed) * T)), "sorted": between_packs(found)}
 
 
 def row(workload: str, rows: int) -> dict[str, Any]:
@@ -90,6 +104,8 @@ def row(workload: str, rows: int) -> dict[str, Any]:
         "ours_plan_only": round(million / mine["plan_s"], 1),
         "ours_fill": round(mine["fill"], 4),
         "baseline_fill": round(theirs["fill"], 4),
+        "ours_length_variance_between_packs": round(mine["sorted"], 3),
+        "baseline_length_variance_between_packs": round(theirs["sorted"], 3),
     }
 
 

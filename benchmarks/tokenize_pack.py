@@ -238,7 +238,7 @@ def big_source(folder: Path, uri: str, kind: str, *, gigabytes: float, windows: 
         "ours": round(first_s, 2),
         "baseline": round(found["rows"] / rate),
         "ratio": round(found["rows"] / rate / first_s),
-        "unit": "seconds from opening the source to the first pack, the tokenizer being open; baseline computed from TRL's rate",
+        "unit": "seconds from opening the source to the first pack, the tokenizer being open; baseline from TRL's rate",
         **{name: round(found[name], 2) for name in ("tokenizer_s", "index_s", "window_s")},
         "rss_above_tokenizer_mib": round(found["above_mib"]),
         "rss_tokenizer_mib": round(found["tokenizer_mib"]),

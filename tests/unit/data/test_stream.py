@@ -226,13 +226,13 @@ def test_a_window_under_way_ends_before_the_loading_does(tokenizer, files):
             ended.set()
         return window
 
-    asked_to_end = threading.Event()
+    asked_to_end, before = threading.Event(), set(threading.enumerate())
     with loading(made, workers=[work]) as loader:
         loader.take(1)
         assert begun.wait(60)
         asked_to_end.set()
     assert ended.is_set()
-    assert not [thread for thread in threading.enumerate() if thread.name == "packs"]
+    assert set(threading.enumerate()) <= before
 
 
 def test_sources_of_which_every_row_is_dropped_end_the_run_and_say_why(tokenizer, lengthy, tmp_path):
