@@ -23,7 +23,8 @@ every bad input refused or counted by the code itself while this page was writte
 
 - `path`: a `.jsonl`, `.parquet` or `.arrow` file, a folder, a glob or a dataset saved by Hugging Face, on disk or
   `s3://`; or `package.module:function`, called with the seed;
-- `weight`: its share of the draws relative to the other sources, or `[[draw, weight], ...]`, linear in between;
+- `weight`: its share of the draws relative to the other sources, or `[[draw, weight], ...]`, linear in between, in
+  steps of 1,024 draws;
 - `epochs`: at most so many passes over its rows; without it the source repeats for as long as the run trains;
 - `format`: how its records are written; without it each record is recognised by its columns;
 - `role_map`: names of roles in its records, and ours: `{bot: assistant}`.
@@ -41,10 +42,14 @@ of them, or the `last`. The stop token is trained once a turn, and the mask is p
 and shows how long the rows are, `drop` leaves it out and counts it, `truncate` keeps its beginning, `split` makes
 several documents of it that train every token once.
 
-`data.max_bad_rows` is how many rows may be left out for a fault of theirs, in all sources together; 0 unless you raise
-it. Each is counted by its cause, and the run's card shows the counts and examples. What `data.over_long` leaves out is
-your choice, and costs nothing of it. A damaged file, a leaked question or a broken tokenizer stops the run whatever
-the budget.
+`data.max_bad_rows` is how many rows may be left out for a fault of theirs, in all sources together; 0 unless you
+raise it, and online a row counts each time it is drawn. Each is counted by its cause, and the run's card shows the
+counts and examples. What `data.over_long` leaves out is your choice, and costs nothing of it. A damaged file, a
+leaked question or a broken tokenizer stops the run whatever the budget.
+
+Sources on S3 are read in ranges, the next ones ahead of time, and never copied whole. For several epochs, set
+`POSTTRAIN_CACHE` to a folder on a local disk and `POSTTRAIN_CACHE_GIB` to its bound (50): what was read once is then
+read from there, after its checksum.
 
 Which row is drawn when is a function of the data, the weights and the seed, so a checkpoint keeps a few integers: the
 window of draws, the packs taken of it, and the counts of every source. A run that is killed and resumed, on any number

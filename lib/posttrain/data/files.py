@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from posttrain import storage
@@ -75,6 +76,31 @@ def open_file(
         f"{file.uri}: changed since it was indexed ({file.size} bytes then, {now.st_size} now). "
         "Fix: keep input files as they are, or start a new run over the new ones"
     )
+
+
+def machine_cache() -> ChunkCache | None:
+    """The cache of what is read from S3 that this machine's environment asks for: POSTTRAIN_CACHE names its folder,
+    POSTTRAIN_CACHE_GIB bounds it (50 where it is not set). None without a folder.
+
+    Raises:
+        DataError: POSTTRAIN_CACHE_GIB is no positive number.
+    """
+    folder, gib = os.environ.get("POSTTRAIN_CACHE"), os.environ.get("POSTTRAIN_CACHE_GIB", "50")
+    if not folder:
+        return None
+    try:
+        size = float(gib) * 2**30
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise DataError(f"POSTTRAIN_CACHE_GIB is {gib!r}; give the cache in {folder} a size in GiB, as 50")
+    return _cache(folder, int(size))
+
+
+@lru_cache(maxsize=4)
+def _cache(folder: str, max_bytes: int) -> ChunkCache:
+    """One for all files of a process: it counts what it has written."""
+    return ChunkCache(folder, max_bytes)
 
 
 def _list_disk(uri: str) -> Iterator[File]:

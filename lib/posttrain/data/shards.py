@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from posttrain.data import json_lines
-from posttrain.data.files import File, open_file
+from posttrain.data.files import File, machine_cache, open_file
 from posttrain.data.ranged import CHUNK_BYTES, RangedFile
 from posttrain.errors import DataError, RowError
 
@@ -75,7 +75,7 @@ class Reader:
 
     def __init__(self, shard: Shard):
         self.shard = shard
-        self._raw = open_file(shard.file, starts=_starts(shard))
+        self._raw = open_file(shard.file, cache=machine_cache(), starts=_starts(shard))
         self._parquet: pq.ParquetFile | None = None
         self._arrow: pa.RecordBatchFileReader | None = None
 

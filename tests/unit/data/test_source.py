@@ -316,6 +316,20 @@ def test_blocks_in_any_order_are_fetched_from_s3_without_a_byte_too_many(s3_buck
     assert sorted(asked) == [(b.offset, b.offset + b.length - 1) for b in source.shards[0].blocks] and len(asked) == 5
 
 
+def test_a_later_epoch_is_read_from_the_cache_of_the_machine(s3_bucket, proxy, tmp_path, monkeypatch):
+    lines = "".join(f'{{"text": "{n:05d} {"x" * 5000}"}}\n' for n in range(1000)).encode()
+    storage.write_bytes(f"{s3_bucket}/data.jsonl", lines)
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    kept = Source(f"{s3_bucket}/data.jsonl", key="x").plain_index()
+    first = [record for _, _, record in Source.indexed(kept).in_order()]
+    proxy.reset()
+    assert [record for _, _, record in Source.indexed(kept).in_order()] == first and len(first) == 1000
+    assert proxy.gets == []
+    monkeypatch.setenv("POSTTRAIN_CACHE_GIB", "much")
+    with pytest.raises(DataError, match="POSTTRAIN_CACHE_GIB is 'much'"):
+        list(Source.indexed(kept).in_order())
+
+
 def test_rows_of_a_function_become_a_file_once(tmp_path):
     uri = str(tmp_path / "rows")
     made = as_files("small_task:demonstrations", key="data.sources[0]", seed=3, uri=uri)
