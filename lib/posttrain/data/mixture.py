@@ -63,7 +63,11 @@ class Mixture:
         self._known = {0: np.zeros(len(parts), np.int64)}
 
     def window(self, index: int) -> Draws:
-        """The draws of window `index`; empty once every source is used up."""
+        """The draws of window `index`; fewer than W only where every source is used up, and none after that.
+
+        Raises:
+            DataError: sources are left, and all of them have weight 0.
+        """
         counts = self.counts_before(index)
         source = self._choose(index, counts)
         position = np.empty_like(source)
@@ -98,6 +102,11 @@ class Mixture:
         while len(chance):
             shares = np.cumsum(np.where(counts < self.limits, weights, 0.0))
             if shares[-1] <= 0:
+                if (counts < self.limits).any():
+                    raise DataError(
+                        f"in draws {index * self.window_size} to {(index + 1) * self.window_size - 1} every source that "
+                        "is not used up has weight 0; give one of them a weight above zero there"
+                    )
                 break
             picks = np.searchsorted(shares / shares[-1], chance, side="right")
             upto = len(picks)

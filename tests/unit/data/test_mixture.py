@@ -81,3 +81,12 @@ def test_a_mixture_without_an_end_says_so():
 def test_a_mixture_that_can_draw_nothing_is_refused(parts):
     with pytest.raises(DataError):
         Mixture(parts, seed=0)
+
+
+def test_sources_that_are_left_with_weight_zero_are_refused_and_not_taken_for_the_end():
+    parts = [
+        Part(name="one", num_rows=9, weight=((0, 1.0),), max_draws=9),
+        Part(name="late", num_rows=9, weight=((100, 0.0), (200, 1.0)), max_draws=None),
+    ]
+    with pytest.raises(DataError, match="in draws 0 to 15 every source that is not used up has weight 0"):
+        Mixture(parts, seed=0, window=16).window(0)
