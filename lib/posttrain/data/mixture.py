@@ -103,9 +103,10 @@ class Mixture:
             shares = np.cumsum(np.where(counts < self.limits, weights, 0.0))
             if shares[-1] <= 0:
                 if (counts < self.limits).any():
+                    first, last = index * self.window_size, (index + 1) * self.window_size - 1
                     raise DataError(
-                        f"in draws {index * self.window_size} to {(index + 1) * self.window_size - 1} every source that "
-                        "is not used up has weight 0; give one of them a weight above zero there"
+                        f"in draws {first} to {last} every source that is not used up has weight 0; "
+                        "give one of them a weight above zero there"
                     )
                 break
             picks = np.searchsorted(shares / shares[-1], chance, side="right")
