@@ -1,6 +1,7 @@
 """The data report of a run: what the sources are and what the first window of packs looks like, as plain values."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from posttrain import storage
 from posttrain.config import DataSource
 from posttrain.data.counts import Counts, check_not_empty
 from posttrain.data.encode import Encoder
+from posttrain.data.pack import fill
 from posttrain.data.report import length_report, packed_rows, preview, shares, window_counts
 from posttrain.data.source import Source
 from posttrain.data.stream import PackStream
@@ -17,6 +19,12 @@ from posttrain.data.stream import PackStream
 def read_report(tokens_uri: str) -> dict[str, Any]:
     """The report that the step merge_tokens wrote beside the tokens."""
     return json.loads(storage.read_bytes(storage.join(tokens_uri, "report.json")))
+
+
+def prompt_report(token_ids: Sequence[Sequence[int]]) -> dict[str, int]:
+    """How many prompts, tokens in all, and in the longest."""
+    lengths = [len(prompt) for prompt in token_ids]
+    return {"prompts": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
 
 
 def source_report(
@@ -62,10 +70,9 @@ def first_window_report(stream: PackStream | None, described: list[dict[str, Any
     for about, share, (counts, lengths) in zip(described, shares(window, mixture), counted, strict=True):
         found = {} if about["units"] else counts.plain() | length_report(lengths) | {"rows": about["rows"]}
         sources.append(about | found | {"share": share})
-    tokens = sum(pack.num_tokens for pack in window.packs)
     return {
         "sources": sources,
-        "predicted_fill": round(tokens / (len(window.packs) * stream.pack_tokens), 4),
+        "predicted_fill": round(fill(window.packs, pack_tokens=stream.pack_tokens), 4),
         "preview": preview(window.packs[0].samples[0], encoder.tokenizer),
         "packs": packed_rows(window, mixture),
     }

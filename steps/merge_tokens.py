@@ -17,7 +17,7 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import DataError
 from posttrain.model.families import DecoderConfig, decoder_config
 from posttrain.model.load import read_config
-from steps.data_report import first_window_report, read_report, source_report
+from steps.data_report import first_window_report, prompt_report, read_report, source_report
 from steps.streams import (
     PROVED_ROWS,
     make_encoder,
@@ -90,8 +90,7 @@ def _write_prompts(
         rows, limit = stored_rows(data / f"{name}.parquet"), config.data.max_prompt_tokens
         ids = tokenize_prompts(rows, tokenizer, key=f"data.{name}", max_prompt_tokens=limit)
         write_prompts(rows, ids, folder / f"{name}.parquet")
-        lengths = [len(prompt) for prompt in ids]
-        stats[name] = {"prompts": len(ids), "tokens": sum(lengths), "longest": max(lengths)}
+        stats[name] = prompt_report(ids)
     return stats
 
 

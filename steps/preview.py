@@ -12,7 +12,7 @@ from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.model.families import decoder_config
 from posttrain.model.load import read_config
-from steps.data_report import first_window_report, source_report
+from steps.data_report import first_window_report, prompt_report, source_report
 from steps.prepare import TEXT_FILES, model_folder, vocabulary_texts, write_data
 from steps.streams import PROVED_ROWS, make_encoder, pack_stream, record_units, stored_sources
 
@@ -48,14 +48,14 @@ def _report(config: RunConfig, root: Path, rows: dict[str, list[Row]]) -> dict[s
     stream = pack_stream(config, units, sources) if sources else None
     described = [source_report(entry, source) for entry, source in zip(config.data.sources, sources, strict=False)]
     limit = config.data.max_prompt_tokens
-    lengths = {
-        name: [len(ids) for ids in tokenize_prompts(found, tokenizer, key=f"data.{name}", max_prompt_tokens=limit)]
+    prompts = {
+        name: prompt_report(tokenize_prompts(found, tokenizer, key=f"data.{name}", max_prompt_tokens=limit))
         for name, found in rows.items()
     }
     return {
         "scope": "the first 1,024 draws",
         "tokenizer_sha256": tokenizer.fingerprint(),
         "pack_tokens": config.data.pack_tokens,
-        "prompts": {n: {"prompts": len(x), "tokens": sum(x), "longest": max(x)} for n, x in lengths.items()},
+        "prompts": prompts,
         **first_window_report(stream, described, encoder),
     }

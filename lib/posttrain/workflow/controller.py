@@ -11,7 +11,7 @@ from statistics import fmean, pstdev
 from posttrain import faults
 from posttrain.compute.checkpoint import Checkpoints
 from posttrain.data.advantage import group_advantages
-from posttrain.data.pack import pack
+from posttrain.data.pack import fill, pack
 from posttrain.data.rollout import group_units
 from posttrain.data.types import Unit
 from posttrain.errors import SyncError
@@ -112,7 +112,7 @@ class Controller:
         row = self.ledger.commit(packs, draws=[group[0].prompt.uid for group in groups])
         self.ledger_file.append({"step": step, **row})
         assert self.ledger.balance() == 0, f"the ledger does not balance after step {step}: {self.ledger.state()}"
-        filled = sum(p.num_tokens for p in packs) / (len(packs) * self.plan.pack_tokens)
+        filled = fill(packs, pack_tokens=self.plan.pack_tokens)
         named = {name if "/" in name or name in ("loss", "lr") else f"policy/{name}": v for name, v in trained.items()}
         return _rollout_metrics(groups) | named | {"data/packs": len(packs), "data/fill": filled}
 

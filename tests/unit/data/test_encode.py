@@ -10,19 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from posttrain.data.encode import CHOSEN_DROPS, MOST_UNKNOWN, Encoder
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import DataError, RowError
-from tiny import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return BaseHFModelTokenizer(folder)
 
 
 @pytest.fixture(scope="module")

@@ -34,18 +34,6 @@ CONVERSATION = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3).map(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return BaseHFModelTokenizer(folder)
-
-
-@pytest.fixture(scope="module")
 def wordy(tmp_path_factory):
     """A tokenizer whose data taught it to merge across every boundary that it may."""
     path = tmp_path_factory.mktemp("wordy")
