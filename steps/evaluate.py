@@ -8,8 +8,7 @@ from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.compute.weight_sync import digest
 from posttrain.config import RunConfig
 from posttrain.errors import SyncError
-from posttrain.model.load import load_decoder
-from posttrain.model.weights import hf_tensors
+from posttrain.model.backend import backend_of
 from posttrain.workflow.evaluate import Evaluator
 from steps.hardware import hardware
 from steps.sampling import RolloutParts, rollout_parts
@@ -34,17 +33,19 @@ async def _evaluate(config, tokens_uri, models, resources) -> dict[str, Any]:
     evaluator = Evaluator(parts.maker, parts.held_out)
     results = {}
     for version, (name, uri) in enumerate(models.items()):
-        await _send(parts, uri, version, timeout_s=config.rollout.timeout_s)
+        await _send(parts, uri, version, backend=config.model.backend, timeout_s=config.rollout.timeout_s)
         results[name] = await evaluator.full(samples=config.eval.samples)
         print(f"{name}: greedy {results[name]['greedy_reward']}, sampled {results[name]['sampled_reward']}", flush=True)
     return results
 
 
-async def _send(parts: RolloutParts, uri: str, version: int, *, timeout_s: float) -> None:
+async def _send(parts: RolloutParts, uri: str, version: int, *, backend: str, timeout_s: float) -> None:
     import torch
 
+    chosen = backend_of(backend)
+    model = chosen.load(storage.fetch(uri))
     dtype = getattr(torch, (await parts.generators.call("weight_dtype", timeout_s=timeout_s))[0])
-    weights = {name: tensor.to(dtype) for name, tensor in hf_tensors(load_decoder(storage.fetch(uri)))}
+    weights = {name: tensor.to(dtype) for name, tensor in chosen.tensors(model)}
     held = await parts.generators.call("sync", version, weights, timeout_s=timeout_s)
     if set(held) != {digest(weights.items())}:
         raise SyncError(f"a generator does not hold the weights of {uri}")

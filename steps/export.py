@@ -7,9 +7,8 @@ from posttrain import storage
 from posttrain.config import RunConfig
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import DataError
-from posttrain.model.export import export_model, write_generation_config
-from posttrain.model.load import load_decoder
-from posttrain.model.verify import compare_with_transformers
+from posttrain.model.backend import backend_of
+from posttrain.model.export import write_generation_config
 
 
 def export(
@@ -21,27 +20,29 @@ def export(
     evaluation: dict[str, Any],
     tokenizer_sha256: str,
 ) -> dict[str, Any]:
-    """Write config, weights, tokenizer, template and model card; open them with transformers and compare logits.
+    """Write config, weights, tokenizer, template and model card; open them with transformers and compare.
+
+    A model of posttrain's own is compared by its logits, one of transformers' by its weights, bit by bit.
 
     Returns:
-        uri of the folder and the largest logit difference.
+        uri of the folder, the largest logit difference, and what else the backend compared.
 
     Raises:
-        ModelError: transformers computes other logits than our decoder.
+        ModelError: what transformers opens is not the model that was trained.
         DataError: the exported tokenizer is not the one that was trained with.
     """
     uri = storage.join(root, "export")
-    source = storage.fetch(model_uri)
+    source, backend = storage.fetch(model_uri), backend_of(config.model.backend)
 
     def write(folder):
-        export_model(load_decoder(source), folder, like=source)
+        backend.export(backend.load(source), folder, like=source)
         tokenizer = BaseHFModelTokenizer(source)
         write_generation_config(folder, stop_id=tokenizer.stop_id, pad_id=tokenizer.pad_id)
         (folder / "README.md").write_text(_model_card(config, provenance, evaluation))
 
     storage.ensure_folder(uri, write)
     folder = storage.fetch(uri)
-    checked = compare_with_transformers(folder)
+    checked = backend.verify(folder, source)
     fingerprint = BaseHFModelTokenizer(folder).fingerprint()
     if fingerprint != tokenizer_sha256:
         raise DataError(f"{uri}: tokenizer {fingerprint[:12]} is not the one trained with, {tokenizer_sha256[:12]}")

@@ -49,6 +49,7 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
     policy = await Policy.launch(
         ranks=config.parallel.data,
         model_uri=model_uri,
+        backend=config.model.backend,
         training=Training(**optim.model_dump(), pack_tokens=config.data.pack_tokens),
         reference=method.kl_coef is not None,
         timeout_s=config.rollout.timeout_s,

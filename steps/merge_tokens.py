@@ -15,8 +15,8 @@ from posttrain.data.stream import PackStream
 from posttrain.data.token_files import lengths_and_duplicates
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import DataError
-from posttrain.model.families import DecoderConfig, decoder_config
-from posttrain.model.load import read_config
+from posttrain.model.backend import backend_of
+from posttrain.model.families import DecoderConfig
 from steps.data_report import first_window_report, prompt_report, read_report, source_report
 from steps.streams import (
     PROVED_ROWS,
@@ -44,7 +44,7 @@ def merge_tokens(
         DataError: a source of which nothing is left, too many bad rows, or a prompt longer than its limit.
     """
     data, model = storage.fetch(data_uri), storage.fetch(model_uri)
-    tokenizer, shape = BaseHFModelTokenizer(model), decoder_config(read_config(model))
+    tokenizer, shape = BaseHFModelTokenizer(model), backend_of(config.model.backend).shape(model)
     encoder = make_encoder(config, tokenizer, shape, prove=PROVED_ROWS)
     uri = storage.join(root, "tokens", "all")
 

@@ -16,9 +16,9 @@ from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.errors import ModelError, RowError
 from posttrain.manifest import MANIFEST, read_manifest
+from posttrain.model.backend import backend_of
 from posttrain.model.build import build_model, fresh_config
-from posttrain.model.families import decoder_config
-from posttrain.model.load import read_config
+from posttrain.model.heads import FOLDER as HEADS
 from steps.streams import row_reader, shares_of, store_sources, stored_sources
 
 TEXT_FILES = (".json", ".jinja", ".txt", ".model")
@@ -38,7 +38,7 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
 
     Raises:
         DataError: a source is empty or malformed, or prompts repeat held-out rows.
-        ModelError: the model folder is not one that the decoder can load.
+        ModelError: the model folder is not one that model.backend can load.
     """
     data_uri, model_uri = storage.join(root, "data"), storage.join(root, "model")
     storage.ensure_folder(data_uri, lambda folder: write_data(config, root=root, folder=folder))
@@ -48,7 +48,7 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
     storage.ensure_folder(
         model_uri, lambda target: _write_model(config, target, vocabulary_texts(config, rows, sources))
     )
-    hf_config = read_config(storage.fetch(model_uri))
+    shape = backend_of(config.model.backend).shape(storage.fetch(model_uri))
     files = read_manifest(folder)["files"]
     return {
         "data": {
@@ -56,7 +56,7 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
             "rows": {name: len(found) for name, found in rows.items()},
             "sha256": {name: entry["sha256"] for name, entry in files.items()},
         },
-        "model": {"uri": model_uri, "family": hf_config["model_type"], "hidden_size": hf_config["hidden_size"]},
+        "model": {"uri": model_uri, "family": shape.family, "hidden_size": shape.hidden_size},
         "parts": shares_of(sources) if config.data.tokenize == "ahead" else shares_of([]),
     }
 
@@ -124,18 +124,19 @@ def _write_model(config: RunConfig, folder: Path, texts: Iterator[str]) -> None:
     if config.model.fresh:
         size = train_tokenizer(texts, folder, vocab_size=config.model.fresh.vocab_size)
         shape = config.model.fresh.model_dump(exclude={"vocab_size"})
-        build_model(
-            folder, fresh_config(vocab_size=size, max_length=config.data.pack_tokens, **shape), seed=config.seed
-        )
+        shape |= {"mlp_size": 4 * config.model.fresh.hidden_size, "max_length": config.data.pack_tokens}
+        build_model(folder, fresh_config(vocab_size=size, **shape), seed=config.seed)
         return
     assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"
     source = model_folder(config.model.path, config.model.revision, suffixes=(*TEXT_FILES, ".safetensors"))
-    decoder_config(read_config(source))
+    backend_of(config.model.backend).shape(source)
     for path in sorted(source.iterdir()):
         if path.suffix == ".safetensors":
             _link(path.resolve(), folder / path.name)
         elif path.suffix in TEXT_FILES and path.name != MANIFEST:
             shutil.copyfile(path, folder / path.name)
+    if Path(source, HEADS).is_dir():
+        shutil.copytree(source / HEADS, folder / HEADS)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"model.path: {config.model.path} holds no .safetensors file")
 

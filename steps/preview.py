@@ -10,8 +10,7 @@ from posttrain.data.source import stored_rows
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
-from posttrain.model.families import decoder_config
-from posttrain.model.load import read_config
+from posttrain.model.backend import backend_of
 from steps.data_report import first_window_report, prompt_report, source_report
 from steps.prepare import TEXT_FILES, model_folder, vocabulary_texts, write_data
 from steps.streams import PROVED_ROWS, make_encoder, pack_stream, record_units, stored_sources
@@ -41,7 +40,7 @@ def _report(config: RunConfig, root: Path, rows: dict[str, list[Row]]) -> dict[s
     else:
         assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"
         folder = model_folder(config.model.path, config.model.revision, suffixes=TEXT_FILES)
-        shape = decoder_config(read_config(folder))
+        shape = backend_of(config.model.backend).shape(folder)
     tokenizer = BaseHFModelTokenizer(folder)
     encoder = make_encoder(config, tokenizer, shape, prove=PROVED_ROWS)
     units = record_units(config, sources, encoder, held_out=rows["held_out"])

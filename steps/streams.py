@@ -20,8 +20,8 @@ from posttrain.data.token_files import TokenUnits
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Row
 from posttrain.errors import DataError
-from posttrain.model.families import DecoderConfig, decoder_config
-from posttrain.model.load import read_config
+from posttrain.model.backend import backend_of
+from posttrain.model.families import DecoderConfig
 
 WANTED = "conversation"
 """What the records of data.sources are read as."""
@@ -42,7 +42,9 @@ def open_stream(config: RunConfig, *, tokens_uri: str, model_uri: str) -> PackSt
         return pack_stream(config, token_units(config, sources), sources)
     rows, _ = read_prompts(folder / "held_out.parquet")
     model_folder = storage.fetch(model_uri)
-    encoder = make_encoder(config, BaseHFModelTokenizer(model_folder), decoder_config(read_config(model_folder)))
+    encoder = make_encoder(
+        config, BaseHFModelTokenizer(model_folder), backend_of(config.model.backend).shape(model_folder)
+    )
     return pack_stream(config, record_units(config, sources, encoder, held_out=rows), sources)
 
 

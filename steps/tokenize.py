@@ -17,8 +17,7 @@ from posttrain.data.token_files import write_units
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Unit
 from posttrain.errors import RowError
-from posttrain.model.families import decoder_config
-from posttrain.model.load import read_config
+from posttrain.model.backend import backend_of
 from steps.streams import PROVED_ROWS, make_encoder, record_units, stored_sources
 
 BATCH_ROWS = 1024
@@ -53,7 +52,7 @@ def tokenize(config: RunConfig, *, root: str, data_uri: str, model_uri: str, par
 def _source(config: RunConfig, data_uri: str, model_uri: str, number: int) -> UnitSource:
     data, model = storage.fetch(data_uri), storage.fetch(model_uri)
     tokenizer = BaseHFModelTokenizer(model)
-    encoder = make_encoder(config, tokenizer, decoder_config(read_config(model)), prove=PROVED_ROWS)
+    encoder = make_encoder(config, tokenizer, backend_of(config.model.backend).shape(model), prove=PROVED_ROWS)
     held_out = stored_rows(data / "held_out.parquet")
     return record_units(config, stored_sources(data), encoder, held_out=held_out)[number]
 

@@ -64,6 +64,7 @@ async def _train(config, root, model_uri, tokens_uri, observers, resources) -> d
     policy = await Policy.launch(
         ranks=resources.ranks_on_one_node,
         model_uri=model_uri,
+        backend=config.model.backend,
         training=training,
         reference=False,
         timeout_s=config.rollout.timeout_s,

@@ -13,7 +13,7 @@ from posttrain.compute.generator.transformers import TransformersGenerator
 from posttrain.data.batch import collate
 from posttrain.data.types import Pack
 from posttrain.errors import DataError
-from posttrain.model.forward import forward
+from posttrain.model.forward import forward, loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.optim import adamw
 from posttrain.model.weights import hf_tensors
@@ -106,6 +106,7 @@ def tiny_engine(folder: str, ranks: Ranks) -> Engine:
         optimizer,
         ranks=ranks,
         forward=forward,
+        loss_sum=loss_sum,
         named_weights=hf_tensors,
         lr_scale=lambda step: 1.0,
         max_grad_norm=1.0,

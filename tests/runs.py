@@ -14,7 +14,7 @@ from posttrain.config_file import load_config
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {
     "base": str(ROOT / "configs" / "grpo_tiny.yaml"),
-    "model.fresh": {"hidden_size": 32, "num_layers": 2, "mlp_size": 64},
+    "model.fresh": {"hidden_size": 32, "num_layers": 2},
     "data.sources": "small_task:demonstrations",
     "data.prompts": "small_task:prompts",
     "data.held_out": "small_task:held_out",

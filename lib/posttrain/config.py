@@ -18,15 +18,13 @@ class FreshModel(Section):
     """Shape of a small Qwen3 drawn at random, as long as a pack, with a tokenizer trained on the run's own data."""
 
     hidden_size: int = Field(default=128, ge=8)
-    """Width of the residual stream."""
+    """Width of the residual stream; the SwiGLU's is four times as wide."""
     num_layers: int = Field(default=4, ge=1)
     """Transformer blocks."""
     num_heads: int = Field(default=4, ge=1)
     """Query heads; head_dim is hidden_size / num_heads."""
     num_kv_heads: int = Field(default=2, ge=1)
     """Key and value heads, shared by groups of query heads."""
-    mlp_size: int = Field(default=512, ge=8)
-    """Width of the SwiGLU's gate and up projections."""
     vocab_size: int = Field(default=512, ge=300)
     """Upper bound for the trained tokenizer; the byte alphabet alone takes 259."""
 
@@ -49,6 +47,9 @@ class Model(Section):
     """Hub commit, 40 hex digits; needed with a hub id, so that a run can be repeated."""
     fresh: FreshModel | None = None
     """Build a small model instead of loading one."""
+    backend: Literal["posttrain", "transformers"] = "posttrain"
+    """posttrain's own decoder, or transformers' class for an architecture that it does not define: slower, and refused
+    where packed training cannot be proved right."""
 
     @model_validator(mode="after")
     def one_source(self):

@@ -25,7 +25,7 @@ def test_warmup_grpo_evaluate_and_export(tmp_path: Path, ranks: int):
         "data.prompts": "posttrain.data.sort_digits:prompts",
         "data.held_out": "posttrain.data.sort_digits:held_out",
         "reward.function": "posttrain.data.sort_digits:reward",
-        "model.fresh": {"hidden_size": 128, "num_layers": 4, "mlp_size": 512},
+        "model.fresh": {"hidden_size": 128, "num_layers": 4},
         "data.pack_tokens": 1024,
         "warmup.num_steps": 120,
         "warmup.packs_per_step": 2,

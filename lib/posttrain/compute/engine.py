@@ -28,6 +28,7 @@ class Engine:
         *,
         ranks: Ranks,
         forward: Callable[..., Any],
+        loss_sum: Callable[..., tuple[Tensor, dict[str, Tensor]]],
         named_weights: Callable[[Any], Iterable[tuple[str, Tensor]]],
         lr_scale: Callable[[int], float],
         max_grad_norm: float,
@@ -35,11 +36,14 @@ class Engine:
         """
         Args:
             forward: (model, batch, temperature=) -> Output.
+            loss_sum: (model, batch, loss_fn, scale=) -> scaled loss sum with gradient, and metric sums, "loss" among
+                them.
             named_weights: (model) -> tensors under Hugging Face names.
             lr_scale: (step) -> factor on the optimizer's initial learning rates.
         """
         self.model, self.optimizer, self.ranks = model, optimizer, ranks
-        self._forward, self._named_weights, self._lr_scale = forward, named_weights, lr_scale
+        self._forward, self._loss_sum = forward, loss_sum
+        self._named_weights, self._lr_scale = named_weights, lr_scale
         self.max_grad_norm = max_grad_norm
         self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
@@ -48,7 +52,7 @@ class Engine:
 
         Args:
             batches: this rank's share; may be empty, its gradient is then zero.
-            loss_fn: (Output, Batch) -> loss sum and metric sums.
+            loss_fn: what loss_sum reads; see model/losses.
             denominator: loss tokens of the global batch, over all ranks and micro-batches.
 
         Raises:
@@ -57,9 +61,9 @@ class Engine:
         start = time.perf_counter()
         sums: dict[str, float] = {}
         for batch in batches:
-            loss, metrics = loss_fn(self._forward(self.model, batch, temperature=loss_fn.temperature), batch)
-            (loss / denominator).backward()
-            for name, value in {"loss": loss.detach(), **metrics}.items():
+            loss, metrics = self._loss_sum(self.model, batch, loss_fn, scale=1 / denominator)
+            loss.backward()
+            for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         forward_backward = time.perf_counter()
         self.ranks.sum_gradients(self.model.parameters())

@@ -41,6 +41,7 @@ def collate(pack: Pack, *, pack_tokens: int) -> Batch:
         loss_idx=torch.from_numpy(loss_idx),
         loss_mask=torch.from_numpy(mask[loss_idx]),
         max_doc_len=longest,
+        num_samples=len(pack.samples),
         fields={
             name: torch.tensor([sample.fields[name] for sample in pack.samples], dtype=torch.float32)
             for name in pack.samples[0].fields

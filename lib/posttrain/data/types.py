@@ -6,7 +6,7 @@ index t holds what is known or wanted about target_ids[t], the token after
 input_ids[t]. The shift happens once, in data/sample.py, and nowhere else.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -87,14 +87,27 @@ class Batch:
     """[N] float32, loss weight of those positions."""
     max_doc_len: int
     """Tokens of the longest document, known on the host."""
+    num_samples: int = 0
+    """S, documents that are samples; those of the padded tail come after them."""
     sampler_logprobs: Tensor | None = None
     """[N] float32, nats."""
     ref_logprobs: Tensor | None = None
     """[N] float32, nats, under the frozen reference; filled in on the rank that holds it."""
     advantages: Tensor | None = None
     """[N] float32."""
+    teacher_ids: Tensor | None = None
+    """[N, K] int64, the tokens that a teacher holds likeliest at each position."""
+    teacher_logprobs: Tensor | None = None
+    """[N, K] float32, nats, what the teacher gives them."""
     fields: dict[str, Tensor] = field(default_factory=dict)
     """[S] float32 each, one number a sample, in the order of doc_id; none for the padded tail."""
+
+    def rows(self, chosen: slice) -> "Batch":
+        """The same batch with its [N] columns cut to `chosen`: what a loss reads of a chunk of loss rows."""
+        names = ("loss_idx", "loss_mask", "sampler_logprobs", "ref_logprobs", "advantages")
+        names += ("teacher_ids", "teacher_logprobs")
+        columns = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: column[chosen] for name, column in columns.items() if column is not None})
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""

@@ -1,69 +1,117 @@
-"""Causal attention inside each document of a flat batch, and never across documents."""
+"""Grouped-query attention inside each document of a flat batch, and the call behind which its kernels stand.
 
-from dataclasses import dataclass
+`Layout` says where documents lie, in the form that the chosen backend reads; it is made once a batch and
+serves all layers. Backends:
 
+    flex    FlexAttention with one BlockMask a window size (CUDA)
+    varlen  the flash kernels of torch by document boundaries (CUDA, bfloat16 or float16)
+    sdpa    documents as rows of scaled_dot_product_attention; CPU, and the reference of the others
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from posttrain.data.types import Batch
+from posttrain.model.attention_flash import flash_attention
+from posttrain.model.attention_flex import block_mask, flex
+from posttrain.model.attention_rows import rows_attention
 from posttrain.model.families import DecoderConfig
-from posttrain.model.layers import Linear, RMSNorm, rotate
+from posttrain.model.layers import Linear, RMSNorm, joint
+from posttrain.model.rope import rotate
+
+BACKENDS = ("flex", "varlen", "sdpa")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentLayout:
-    """Where each flat token sits when documents are laid out as rows; made once per batch."""
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where each flat token's document begins and ends, as one backend reads it."""
 
-    rows: Tensor
-    """[T] int64, document of each token."""
-    columns: Tensor
-    """[T] int64, position of each token in its document."""
-    num_docs: int
-    max_doc_len: int
+    backend: str
+    doc_id: Tensor
+    """[T] int64."""
+    position_ids: Tensor
+    """[T] int64."""
+    cu_seqlens: Tensor
+    """[D+1] int32."""
+    longest: Tensor
+    """Tokens of the longest document, a scalar int64 on the CPU: as a number it would be a part of a compiled graph,
+    and every new longest document would compile another."""
+    masks: dict[int | None, Any] = field(default_factory=dict)
+    """window -> BlockMask, for `flex`."""
 
     @staticmethod
-    def of(batch: Batch) -> "DocumentLayout":
-        return DocumentLayout(
-            rows=batch.doc_id,
-            columns=batch.position_ids,
-            num_docs=len(batch.cu_seqlens) - 1,
-            max_doc_len=batch.max_doc_len,
+    def of(batch: Batch, *, backend: str, windows: set[int | None]) -> "Layout":
+        """Read a batch once for all layers of a model with these window sizes."""
+        masks = {}
+        if backend == "varlen":
+            torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # one graph for any number of documents
+        if backend == "flex":
+            starts = batch.cu_seqlens[batch.doc_id]
+            masks = {window: block_mask(starts, window) for window in windows}
+        return Layout(
+            backend=backend,
+            doc_id=batch.doc_id,
+            position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens,
+            longest=torch.tensor(batch.max_doc_len, device="cpu"),
+            masks=masks,
         )
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout) -> Tensor:
-    """The `sdpa` backend: documents as rows [D, H, L, head_dim], causal, scattered back to [T, H, head_dim].
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, window: int | None, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """Causal attention within documents.
 
-    Rows shorter than the longest end in zeros. Causality alone hides those from every
-    real token, so no mask is built. Work and memory grow with D * L^2 and D * L: small
-    for documents of like length, wasteful for one long among many short.
+    Args:
+        q: [T, H, head_dim]; k, v: [T, H_kv, head_dim]; H is a multiple of H_kv.
+        window: a token sees itself and window - 1 before it; None for the whole document.
+        scale: on q k^T.
+        sinks: [H] logits that join each softmax and carry no value (GPT-OSS), or None.
+
+    Returns:
+        [T, H, head_dim] in q's dtype.
     """
-    rows, columns = layout.rows, layout.columns
+    if layout.backend == "flex":
+        return flex(q, k, v, layout.masks[window], scale=scale, sinks=sinks)
+    if layout.backend == "varlen":
+        return flash_attention(q, k, v, layout.cu_seqlens, layout.longest, window=window, scale=scale, sinks=sinks)
+    assert layout.backend == "sdpa", f"attention backend {layout.backend!r} is none of {BACKENDS}"
+    rows = (layout.doc_id, layout.position_ids, len(layout.cu_seqlens) - 1, int(layout.longest))
+    return rows_attention(q, k, v, rows, window=window, scale=scale, sinks=sinks)
 
-    def as_rows(x: Tensor) -> Tensor:
-        padded = x.new_zeros(layout.num_docs, layout.max_doc_len, x.shape[1], x.shape[2])
-        return padded.index_put((rows, columns), x).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(as_rows(q), as_rows(k), as_rows(v), is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2)[rows, columns]
+def default_backend(device: torch.device, dtype: torch.dtype, *, compiled: bool) -> str:
+    """The fastest backend that serves a model (benchmarks/decoder.py); FlexAttention is fast only when compiled."""
+    if device.type != "cuda":
+        return "sdpa"
+    if compiled:
+        return "flex"
+    return "varlen" if dtype in (torch.bfloat16, torch.float16) else "sdpa"
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and optional per-head qk-norm, over [T, hidden]."""
+    """Projections, optional per-head norms, rotary positions and attend(), over [T, hidden]."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim)
-        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
-        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
-        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.head_dim, self.scale, self.window = config.head_dim, config.attention_scale, config.windows[layer]
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.output_bias)
+        norm = {"cast_first": config.norm_cast_first, "offset": config.norm_offset}
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, **norm) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, **norm) if config.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.sinks else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: DocumentLayout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         heads = (x.shape[0], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)
-        v = self.v_proj(x).view(heads)
-        return self.o_proj(document_attention(q, k, v, layout).reshape(x.shape[0], -1))
+        q, k, v = (part.reshape(heads) for part in joint(x, (self.q_proj, self.k_proj, self.v_proj)))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        out = attend(q, k, v, layout, window=self.window, scale=self.scale, sinks=self.sinks)
+        return self.o_proj(out.reshape(x.shape[0], -1))

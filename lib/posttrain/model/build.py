@@ -46,23 +46,27 @@ def fresh_config(
 
 
 def build_model(folder: str | Path, hf_config: dict[str, Any], *, seed: int) -> int:
-    """Write config.json and model.safetensors with weights drawn from `seed`; return the parameter count.
-
-    Matrices are normal with initializer_range, those that write to the residual stream
-    scaled by 1 / sqrt(2 * layers) (GPT-2, section 2.3); norms are one.
-    """
+    """Write config.json and model.safetensors with weights drawn from `seed`; return the parameter count."""
     model = Decoder(decoder_config(hf_config))
-    generator = torch.Generator().manual_seed(seed)
-    std = hf_config["initializer_range"]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-                continue
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = (2 * model.config.num_layers) ** -0.5 if residual else 1.0
-            nn.init.normal_(parameter, std=std * scale, generator=generator)
+    draw_weights(model, std=hf_config["initializer_range"], seed=seed)
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
     write_weights(folder, model)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def draw_weights(model: Decoder, *, std: float, seed: int) -> None:
+    """Matrices are normal with `std`, those that write to the residual stream scaled by 1 / sqrt(2 * layers)
+    (GPT-2, section 2.3); norms multiply by one; biases and sinks are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        *_, owner, leaf = name.split(".")
+        if leaf.endswith("bias") or leaf == "sinks":
+            nn.init.zeros_(parameter)
+        elif owner.endswith("norm"):
+            nn.init.constant_(parameter, 1.0 - model.config.norm_offset)
+        else:
+            residual = "o_proj" in (owner, leaf) or "down_proj" in (owner, leaf)
+            scale = (2 * model.config.num_layers) ** -0.5 if residual else 1.0
+            nn.init.normal_(parameter, std=std * scale, generator=generator)

@@ -1,60 +1,107 @@
-"""The decoder: a flat batch of tokens in, hidden states out. The LM head is applied in forward.py."""
+"""The decoder: a flat batch of tokens in, hidden states out. The heads are applied in forward.py."""
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.data.types import Batch
-from posttrain.model.attention import Attention, DocumentLayout
+from posttrain.model.attention import Attention, Layout, default_backend
 from posttrain.model.families import DecoderConfig
-from posttrain.model.layers import MLP, Linear, RMSNorm, rope_tables
+from posttrain.model.heads import make_head
+from posttrain.model.layers import MLP, Embedding, Linear, RMSNorm
+from posttrain.model.moe import MoE
+from posttrain.model.rope import Rope, rope_tables
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and MLP, each with a residual."""
+    """Pre-norm transformer block: attention and MLP or experts, each with a residual; Gemma3 norms both again after."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config.hidden_size, config.mlp_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: DocumentLayout) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, layout)
-        return x + self.mlp(self.mlp_norm(x))
+        def norm() -> RMSNorm:
+            return RMSNorm(
+                config.hidden_size, config.norm_eps, cast_first=config.norm_cast_first, offset=config.norm_offset
+            )
+
+        self.attention_norm = norm()
+        self.attention = Attention(config, layer)
+        self.attention_out_norm = norm() if config.sandwich_norms else nn.Identity()
+        self.mlp_norm = norm()
+        if config.experts is not None and config.experts.layers[layer]:
+            self.mlp = MoE(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.mlp_size, activation=config.activation, bias=config.mlp_bias)
+        self.mlp_out_norm = norm() if config.sandwich_norms else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        x = x + self.attention_out_norm(self.attention(self.attention_norm(x), cos, sin, layout))
+        return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
 
 
 class Decoder(nn.Module):
-    """Token embedding, blocks, final norm, output head; one definition for every family.
+    """Token embedding, blocks, final norm, heads; one definition for every family.
 
     Parameters are made uninitialised: load weights (model/load.py) or draw them
     (model/build.py) before use. With tied embeddings `output_head.weight` is
     `embedding.weight` itself.
     """
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, *, attention: str | None = None):
+        """
+        Args:
+            attention: backend of attend(); None takes the fastest for the device and dtype of a batch.
+        """
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(
-            config.padded_vocab_size,
-            config.hidden_size,
-            _weight=torch.empty(config.padded_vocab_size, config.hidden_size),
+        self.config, self.attention = config, attention
+        rows = config.padded_vocab_size
+        self.embedding = Embedding(rows, config.hidden_size, scale=config.embedding_scale)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(
+            config.hidden_size, config.norm_eps, cast_first=config.norm_cast_first, offset=config.norm_offset
         )
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.output_head = Linear(config.hidden_size, config.padded_vocab_size)
+        self.output_head = Linear(config.hidden_size, rows) if config.lm_head else None
+        self.heads = nn.ModuleDict(
+            {name: make_head(spec, config.hidden_size, name=name) for name, spec in config.heads.items()}
+        )
+        self._compiled = False
+        self._frequencies: dict[tuple[Rope, torch.device], Tensor] = {}
         self.tie()
 
     def tie(self) -> None:
-        """Make the head share the embedding's weight, when the config says so; again after to_empty()."""
-        if self.config.tied_embeddings:
+        """Make the head share the embedding's weight, where the config says so."""
+        if self.config.tied_embeddings and self.output_head is not None:
             self.output_head.weight = self.embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
+
+    def to_empty(self, *, device, recurse: bool = True) -> "Decoder":
+        """Parameters without values on `device`, the head still tied, the experts' load zero."""
+        super().to_empty(device=device, recurse=recurse)
+        self.tie()
+        for buffer in self.buffers():
+            buffer.zero_()
+        return self
+
+    def compile_blocks(self) -> None:
+        """Compile every block by itself: one graph serves all layers of a kind, and a step's shapes never change it."""
+        self._compiled = True
+        for layer in self.layers:
+            layer.compile(fullgraph=True, dynamic=False)
 
     def forward(self, batch: Batch) -> Tensor:
         """Final hidden states [T, hidden], normed, in the parameters' dtype."""
-        layout = DocumentLayout.of(batch)
-        cos, sin = rope_tables(batch.position_ids, self.config.head_dim, self.config.rope_theta)
+        config, weight = self.config, self.embedding.weight
+        layout = Layout.of(
+            batch,
+            backend=self.attention or default_backend(weight.device, weight.dtype, compiled=self._compiled),
+            windows=set(config.windows),
+        )
+        tables = {rope: self._tables(rope, batch.position_ids) for rope in set(config.ropes)}
         x = self.embedding(batch.input_ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin, layout)
+        for layer, rope in zip(self.layers, config.ropes, strict=True):
+            x = layer(x, *tables[rope], layout)
         return self.norm(x)
+
+    def _tables(self, rope: Rope, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        key = (rope, position_ids.device)
+        if key not in self._frequencies:  # kept, as a copy to the device every step would wait for the host
+            self._frequencies[key] = torch.tensor(rope.frequencies, dtype=torch.float32, device=position_ids.device)
+        return rope_tables(rope, position_ids, self._frequencies[key])

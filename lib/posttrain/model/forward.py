@@ -1,87 +1,124 @@
-"""Batch -> what the losses read. The only place where logits become logprobs, and never as [T, V]."""
+"""Batch -> what the losses read, and the loss itself. Only rows that carry loss meet the LM head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.data.types import Batch
 from posttrain.model.decoder import Decoder
+from posttrain.model.head import Head, divergence_loss, logprobs_and_entropy, row_loss
+from posttrain.model.losses import Loss
+from posttrain.model.output import Output
 
-CHUNK_ROWS = 1024
-"""Rows of logits held at once: 1024 x 151,936 float32 is 0.6 GiB."""
+__all__ = ["Output", "Teacher", "forward", "logits", "loss_sum"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """Per-token results on the N positions that carry loss, aligned with batch.loss_idx."""
+class Teacher:
+    """A teacher's distributions at the rows that carry loss, before its own head: smaller than [N, V] by far."""
 
-    logprobs: Tensor
-    """[N] float32, nats, log p(target | prefix); differentiable."""
-    entropy: Tensor
-    """[N] float32, nats, of the next-token distribution; a measurement, without gradient."""
-
-
-class ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight^T / temperature)[target], a chunk of rows at a time.
-
-    The backward recomputes a chunk's logits instead of keeping them, so memory is
-    CHUNK_ROWS x V whatever N is. Gradient: d logprob / d logits = onehot - softmax.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, temperature: float):
-        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
-        for start in range(0, len(targets), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            log_p = _log_probs(hidden[rows], weight, vocab_size, temperature)
-            logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
-            entropy[rows] = -(log_p.exp() * log_p).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.vocab_size, ctx.temperature = vocab_size, temperature
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, *grads):
-        hidden, weight, targets = ctx.saved_tensors
-        grad_logprobs = grads[0]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(targets), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            grad_logits = -_log_probs(hidden[rows], weight, ctx.vocab_size, ctx.temperature).exp()
-            grad_logits.scatter_add_(-1, targets[rows, None], torch.ones_like(grad_logits[:, :1]))
-            grad_logits.mul_(grad_logprobs[rows, None] / ctx.temperature)
-            grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight[: ctx.vocab_size]
-            grad_weight[: ctx.vocab_size] += (grad_logits.T @ hidden[rows]).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+    hidden: Tensor
+    """[N, d] final hidden states at batch.loss_idx."""
+    weight: Tensor
+    """[V, d] its output head; row i is the student's token i."""
 
 
-def _log_probs(hidden: Tensor, weight: Tensor, vocab_size: int, temperature: float) -> Tensor:
-    """[rows, vocab_size] float32; the rows that pad the vocabulary are cut before the softmax."""
-    logits = (hidden @ weight.T)[:, :vocab_size]
-    return torch.log_softmax(logits.float() / temperature, dim=-1)
-
-
-def forward(model: Decoder, batch: Batch, *, temperature: float = 1.0) -> Output:
+def forward(model: Decoder, batch: Batch, *, temperature: float = 1.0, with_logprobs: bool = True) -> Output:
     """Run the model once and score the targets that carry loss.
 
     Args:
         temperature: the one the targets were sampled at, so that logprobs compare with
             the sampler's; 1 for everything but rollouts.
+        with_logprobs: off where only the score heads are wanted; the LM head is then not applied.
     """
-    hidden = model(batch)[batch.loss_idx]
-    targets = batch.target_ids[batch.loss_idx]
-    logprobs, entropy = ChunkedLogprobs.apply(
-        hidden, model.output_head.weight, targets, model.config.vocab_size, temperature
-    )
-    return Output(logprobs=logprobs, entropy=entropy)
+    hidden = model(batch)
+    scores = _scores(model, hidden, batch)
+    if model.output_head is None or not with_logprobs:
+        empty = hidden.new_empty(0, dtype=torch.float32)
+        return Output(logprobs=empty, entropy=empty, scores=scores)
+    head = Head(vocab_size=model.config.vocab_size, temperature=temperature)
+    logprobs, entropy = logprobs_and_entropy(hidden[batch.loss_idx], model.output_head.weight, _targets(batch), head)
+    return _output(logprobs, entropy, scores)
+
+
+def loss_sum(
+    model: Decoder, batch: Batch, loss_fn: Loss, *, scale: float = 1.0, teacher: Teacher | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """scale * loss sum with gradient, and metric sums of one batch, the unscaled "loss" among them: what
+    Engine.train_step calls for every micro-batch.
+
+    A loss that reads tokens, one row at a time, gets its gradients in this forward pass, so backward() must be
+    called on what is returned, and on nothing made from it.
+    """
+    if loss_fn.reads in ("scores", "documents"):
+        output = forward(model, batch, temperature=loss_fn.temperature, with_logprobs=loss_fn.reads == "documents")
+        loss, metrics = loss_fn(output, batch)
+        return scale * loss, {"loss": loss.detach(), **metrics}
+    assert model.output_head is not None, f"a loss that reads {loss_fn.reads} needs an LM head"
+    hidden, weight = model(batch)[batch.loss_idx], model.output_head.weight
+    weight = weight if torch.is_grad_enabled() else weight.detach()  # evaluation makes no gradients on the way
+    head = Head(vocab_size=model.config.vocab_size, temperature=loss_fn.temperature)
+    sums: dict[str, Tensor] = {}
+    if loss_fn.reads == "teacher":
+        assert teacher is not None, "a loss that reads a teacher needs one"
+        distance = _distance(loss_fn, batch, scale, sums)
+        return divergence_loss(hidden, weight, teacher.hidden, teacher.weight, head, distance), sums
+    return row_loss(hidden, weight, _targets(batch), head, _chunk_loss(loss_fn, batch, scale, sums)), sums
 
 
 @torch.no_grad()
 def logits(model: Decoder, batch: Batch) -> Tensor:
     """Raw [T, vocab_size] logits of a small batch, for comparing models; never used in training."""
-    return (model(batch) @ model.output_head.weight.T)[:, : model.config.vocab_size]
+    assert model.output_head is not None, "a model that only scores has no logits"
+    return model.output_head(model(batch))[:, : model.config.vocab_size]
+
+
+def _chunk_loss(
+    loss_fn: Loss, batch: Batch, scale: float, sums: dict[str, Tensor]
+) -> Callable[[slice, Tensor, Tensor], Tensor]:
+    def part(rows: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        loss, metrics = loss_fn(_output(logprobs, entropy, {}), batch.rows(rows))
+        _add(sums, {"loss": loss, **metrics})
+        return scale * loss
+
+    return part
+
+
+def _distance(
+    loss_fn: Any, batch: Batch, scale: float, sums: dict[str, Tensor]
+) -> Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def part(rows: slice, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        divergence, gradient = loss_fn.rows(student, teacher)
+        weights = batch.loss_mask[rows]
+        loss = (weights * divergence).sum()
+        _add(sums, {"loss": loss})
+        return scale * loss, gradient.mul_(scale * weights[:, None])
+
+    return part
+
+
+def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for name, value in found.items():
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+
+def _targets(batch: Batch) -> Tensor:
+    """[N, 1 + K] int64: the next token, then those that a teacher names."""
+    column = batch.target_ids[batch.loss_idx, None]
+    return column if batch.teacher_ids is None else torch.cat((column, batch.teacher_ids), dim=1)
+
+
+def _output(logprobs: Tensor, entropy: Tensor, scores: dict[str, Tensor]) -> Output:
+    rest = logprobs[:, 1:] if logprobs.shape[1] > 1 else None
+    return Output(logprobs=logprobs[:, 0], entropy=entropy, teacher_logprobs=rest, scores=scores)
+
+
+def _scores(model: Decoder, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Every score head at the last token of each sample, [S, k] float32."""
+    if not model.heads:
+        return {}
+    last = hidden[(batch.cu_seqlens[1 : batch.num_samples + 1] - 1).long()]
+    return {name: head(last).float() for name, head in model.heads.items()}

@@ -1,4 +1,6 @@
-"""The small modules every decoder is made of: Linear, RMSNorm, rotary embedding, MLP."""
+"""The small modules every decoder is made of: Linear, RMSNorm, MLP."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -6,53 +8,93 @@ from torch.nn import functional as F
 
 
 class Linear(nn.Module):
-    """y = x W^T over [T, in] -> [T, out], without bias."""
+    """y = x W^T (+ b) over [T, in] -> [T, out], and the low-rank term of its adapter, if any (model/lora.py)."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter: nn.Module | None = None
+        """Called as adapter(x, x W^T, W); returns what stands in for x W^T, before the bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        if self.adapter is None:
+            return F.linear(x, self.weight, self.bias)
+        return self.adapt(x, F.linear(x, self.weight))
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """x W^T becomes the output: the adapter's term where there is one, then the bias."""
+        y = y if self.adapter is None else self.adapter(x, y, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Embedding(nn.Embedding):
+    """A row a token, times a factor that is rounded to the weights' dtype first, as Gemma's sqrt(hidden) is."""
+
+    def __init__(self, rows: int, size: int, *, scale: float = 1.0):
+        super().__init__(rows, size, _weight=torch.empty(rows, size))
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = super().forward(input)
+        return x if self.scale == 1.0 else x * torch.full((), self.scale, dtype=x.dtype, device=x.device)
+
+
+def joint(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """Every linear of the same x: [T, in] -> [T, out] each; stacked on a GPU, where narrow matmuls leave cores idle."""
+    return stacked(x, linears) if x.is_cuda else tuple(each(x) for each in linears)
+
+
+def stacked(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """joint() as one matmul over the stacked weights: each is copied once, and their gradients are views of one."""
+    biases: list[Tensor] = [each.bias for each in linears if each.bias is not None]
+    assert len(biases) in (0, len(linears)), "linears of one input all have biases or none"
+    adapted = any(each.adapter is not None for each in linears)
+    bias = torch.cat(biases) if biases and not adapted else None
+    weights: list[Tensor] = [each.weight for each in linears]
+    outputs = F.linear(x, torch.cat(weights), bias).split([each.out_features for each in linears], dim=-1)
+    return tuple(each.adapt(x, y) for each, y in zip(linears, outputs, strict=True)) if adapted else outputs
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, then times weight (the order of Llama and Qwen)."""
+    """x / rms(x) in float32, times the weight; families differ in when they cast back, and Gemma stores weight - 1.
 
-    def __init__(self, size: int, eps: float):
+    cast_first: weight * cast(normed), as Llama and Qwen; otherwise cast((offset + weight) * normed), as
+    GPT-OSS (offset 0) and Gemma (offset 1). In float32 the order makes no difference, in bfloat16 it does.
+    """
+
+    def __init__(self, size: int, eps: float, *, cast_first: bool = True, offset: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps, self.cast_first, self.offset = eps, cast_first, offset
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        if self.cast_first:
+            return self.weight.to(x.dtype) * normed.to(x.dtype)
+        return ((self.weight.float() + self.offset) * normed).to(x.dtype)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_pytorch_tanh": _gelu_tanh}
+"""Hugging Face's `hidden_act` -> the function; a config with another is refused."""
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """Gated MLP: down(activation(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202, and Gemma's with tanh-GELU)."""
 
-    def __init__(self, hidden_size: int, mlp_size: int):
+    def __init__(self, hidden_size: int, mlp_size: int, *, activation: str, bias: bool = False):
         super().__init__()
-        self.gate_proj = Linear(hidden_size, mlp_size)
-        self.up_proj = Linear(hidden_size, mlp_size)
-        self.down_proj = Linear(mlp_size, hidden_size)
+        self.gate_proj = Linear(hidden_size, mlp_size, bias=bias)
+        self.up_proj = Linear(hidden_size, mlp_size, bias=bias)
+        self.down_proj = Linear(mlp_size, hidden_size, bias=bias)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of [T, head_dim] float32, halves repeated (RoFormer, arXiv:2104.09864, GPT-NeoX layout)."""
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.int64).float() / head_dim
-    angles = position_ids.float()[:, None] * (1.0 / theta**exponent)[None, :]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding to [T, H, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None, :].to(x.dtype) + turned * sin[:, None, :].to(x.dtype)
+        gate, up = joint(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(self.activation(gate) * up)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain import storage
 from posttrain.compute.checkpoint import Checkpoints, read_tensors
@@ -17,13 +17,10 @@ from posttrain.compute.workers import ActorGroup, node_address
 from posttrain.data.batch import collate
 from posttrain.data.pack import attention_cost, deal
 from posttrain.data.types import Pack
-from posttrain.model.decoder import Decoder
-from posttrain.model.export import export_model
-from posttrain.model.forward import forward
-from posttrain.model.load import load_decoder
+from posttrain.model.backend import backend_of
+from posttrain.model.forward import forward, loss_sum
 from posttrain.model.losses import Loss
 from posttrain.model.optim import adamw, lr_scale
-from posttrain.model.weights import hf_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +40,17 @@ class Training:
 class PolicyRank:
     """One rank, in a process of its own. All ranks hold equal weights; rank 0 also writes and sends them."""
 
-    def __init__(self, *, rank: int, world_size: int, model_uri: str, training: Training, reference: bool):
+    def __init__(
+        self, *, rank: int, world_size: int, model_uri: str, backend: str, training: Training, reference: bool
+    ):
         """
         Args:
+            backend: see model/backend.py.
             reference: keep a frozen copy of the starting weights and score batches with it.
         """
         self.rank, self.world_size = rank, world_size
         self.model_uri, self.training, self.has_reference = model_uri, training, reference
+        self.backend = backend_of(backend)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def address(self) -> str:
@@ -68,10 +69,10 @@ class PolicyRank:
             device=self.device,
         )
         self.folder = storage.fetch(self.model_uri)
-        model = load_decoder(self.folder, device=self.device)
-        self.reference: Decoder | None = None
+        model = self.backend.load(self.folder, device=self.device)
+        self.reference: nn.Module | None = None
         if self.has_reference:
-            self.reference = load_decoder(self.folder, device=self.device).requires_grad_(False)
+            self.reference = self.backend.load(self.folder, device=self.device).requires_grad_(False)
         optimizer = adamw(model, lr=training.lr, betas=training.betas, weight_decay=training.weight_decay)
         scale = partial(
             lr_scale,
@@ -84,7 +85,8 @@ class PolicyRank:
             optimizer,
             ranks=ranks,
             forward=forward,
-            named_weights=hf_tensors,
+            loss_sum=loss_sum,
+            named_weights=self.backend.tensors,
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
         )
@@ -118,7 +120,7 @@ class PolicyRank:
         """Publish the weights as a Hugging Face folder (rank 0 only)."""
         if not storage.exists(storage.join(uri, "manifest.json")):
             with storage.staging(uri) as folder:
-                export_model(self.engine.model, folder, like=self.folder)  # pyright: ignore[reportArgumentType]
+                self.backend.export(self.engine.model, folder, like=self.folder)
                 storage.publish(folder, uri)
         return uri
 
@@ -137,13 +139,18 @@ class Policy:
 
     @staticmethod
     async def launch(
-        *, ranks: int, model_uri: str, training: Training, reference: bool, timeout_s: float, hardware: dict[str, Any]
+        *,
+        ranks: int,
+        model_uri: str,
+        backend: str,
+        training: Training,
+        reference: bool,
+        timeout_s: float,
+        hardware: dict[str, Any],
     ) -> "Policy":
         """Start the ranks, let them find each other, and load the model."""
-        per_rank = [
-            {"rank": r, "world_size": ranks, "model_uri": model_uri, "training": training, "reference": reference}
-            for r in range(ranks)
-        ]
+        same = {"model_uri": model_uri, "backend": backend, "training": training, "reference": reference}
+        per_rank = [{"rank": r, "world_size": ranks, **same} for r in range(ranks)]
         policy = Policy(ActorGroup("policy", PolicyRank, per_rank, **hardware), timeout_s=timeout_s)
         address = await policy.group.call_one(0, "address", timeout_s=timeout_s)
         (linear, quadratic), *_ = await policy.group.call("join", address, timeout_s, timeout_s=timeout_s)

@@ -121,7 +121,7 @@ def test_vocabulary_is_padded_in_memory_and_trimmed_on_disk(tmp_path: Path):
         ({"num_hidden_layers": 3}, r"missing model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"unexpected model\.layers\.1"),
         ({"intermediate_size": 65}, r"has shape \(64, 32\), expected \(65, 32\)"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     ],
 )

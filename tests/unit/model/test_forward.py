@@ -1,4 +1,4 @@
-"""Chunked logprobs and the losses against plain float64 formulas."""
+"""The losses of tokens against plain formulas, and the forward pass that hands them what they read."""
 
 import numpy as np
 import pytest
@@ -9,37 +9,11 @@ from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch
-from posttrain.model import forward as forward_module
-from posttrain.model.forward import ChunkedLogprobs, Output, forward
+from posttrain.model.forward import Output, forward, loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.losses.grpo import GRPOLoss
 from posttrain.model.losses.sft import SFTLoss
 from tiny import tiny_model
-
-
-@pytest.mark.parametrize(("rows", "chunk"), [(1, 4), (7, 4), (8, 4), (9, 1024)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_logprobs_and_gradients_equal_the_plain_formula(monkeypatch, rows: int, chunk: int, temperature: float):
-    monkeypatch.setattr(forward_module, "CHUNK_ROWS", chunk)
-    torch.manual_seed(rows)
-    vocab, padded, d = 50, 64, 16
-    hidden = torch.randn(rows, d, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(padded, d, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, vocab, (rows,))
-    upstream = torch.randn(rows, dtype=torch.float64)
-
-    log_p = torch.log_softmax((hidden @ weight.T)[:, :vocab] / temperature, -1)
-    expected = log_p.gather(1, targets[:, None]).squeeze(1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    expected_grads = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
-
-    got, got_entropy = ChunkedLogprobs.apply(hidden, weight, targets, vocab, temperature)
-    grads = torch.autograd.grad((got * upstream).sum(), (hidden, weight))
-    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got_entropy.double(), entropy.detach(), atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    assert not grads[1][vocab:].any(), "rows that pad the vocabulary get no gradient"
 
 
 def batch_of(mask: Tensor, **columns: Tensor) -> Batch:
@@ -116,10 +90,28 @@ def test_packing_and_accumulation_do_not_change_the_gradient(tmp_path, kind: str
         denominator = sum(p.loss_tokens for p in packs)
         for p in packs:
             batch = collate(p, pack_tokens=pack_tokens)
-            loss, _ = loss_fn(forward(model, batch), batch)
-            (loss / denominator).backward()
+            if alone:
+                loss = loss_fn(forward(model, batch), batch)[0] / denominator
+            else:
+                loss, _ = loss_sum(model, batch, loss_fn, scale=1 / denominator)
+            loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     one_by_one = gradient(16, alone=True)
     for pack_tokens in (64, 256):
         torch.testing.assert_close(gradient(pack_tokens, alone=False), one_by_one, atol=2e-6, rtol=1e-4)
+
+
+def test_the_loss_made_in_the_forward_has_the_value_and_metrics_of_the_loss_of_an_output(tmp_path, monkeypatch):
+    monkeypatch.setattr("posttrain.model.head.CHUNK_ROWS", 16)
+    model = load_decoder(tiny_model(tmp_path))
+    samples = [(shift(np.random.default_rng(n).integers(0, 200, 20).tolist(), [1.0] * 20),) for n in range(3)]
+    (only,) = pack(samples, pack_tokens=64)
+    batch = collate(only, pack_tokens=64)
+    expected, metrics = SFTLoss()(forward(model, batch), batch)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got, found = loss_sum(model, batch, SFTLoss())
+        assert got.item() == pytest.approx(expected.item(), rel=1e-6) and got.requires_grad == grad
+        assert found.pop("loss").item() == pytest.approx(expected.item(), rel=1e-6)
+        assert {k: v.item() for k, v in found.items()} == pytest.approx({k: v.item() for k, v in metrics.items()})

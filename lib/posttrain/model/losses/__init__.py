@@ -1,21 +1,34 @@
-"""Losses: (Output, Batch) -> sums over loss tokens. The engine divides, once, by the global count."""
+"""Losses: (Output, Batch) -> sums over the loss's unit. The engine divides, once, by the global count."""
 
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from posttrain.data.types import Batch
-from posttrain.model.forward import Output
+from posttrain.model.output import Output
+
+Reads = Literal["tokens", "documents", "scores", "teacher"]
+"""What a loss needs of the forward pass, and so how its gradient may be made:
+
+- tokens: a sum over rows of a function of that row's Output and Batch columns alone; its
+  gradients can be made chunk by chunk inside the forward pass (SFT, GRPO, top-k distillation).
+- documents: any function of all rows' logprobs together (DPO).
+- scores: a function of Output.scores; needs no LM head (reward models).
+- teacher: the full next-token distributions of a student and a teacher (distillation).
+"""
 
 
 class Loss(Protocol):
-    """A weighted sum over loss tokens, so that packing and accumulation cannot change the step."""
+    """A weighted sum over loss tokens, pairs or documents, so packing and accumulation cannot change the step."""
 
     @property
     def temperature(self) -> float:
         """Temperature that the batch's targets were sampled at."""
         ...
 
+    reads: ClassVar[Reads]
+    """What the forward pass must provide."""
+
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss sum with gradient, and metric sums in the same unit (per loss token) without."""
+        """Scalar loss sum with gradient, and metric sums in the same unit (per loss token, pair, ...) without."""
         ...

@@ -1,11 +1,13 @@
 """Policy gradient on group-relative advantages, with the trainer-sampler gap measured and corrected."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from posttrain.data.types import Batch
-from posttrain.model.forward import Output
+from posttrain.model.losses import Reads
+from posttrain.model.output import Output
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class GRPOLoss:
     (IMPALA's rho, arXiv:1802.01561). kl_t is the k3 estimate of KL(policy || reference).
     """
 
+    reads: ClassVar[Reads] = "tokens"
     temperature: float
     importance_cap: float = 2.0
     kl_coef: float = 0.0

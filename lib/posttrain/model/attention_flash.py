@@ -1,0 +1,103 @@
+"""The `varlen` backend: torch's own flash kernels, told where documents begin, with exact sinks.
+
+The kernels know no sinks, and torch's autograd for them drops the gradient of lse, so the usual way,
+out * sigmoid(lse - sink), trains on a wrong dq and dk. Here the sink is folded into what the ordinary
+backward kernel reads: with lse' = logaddexp(lse, sink) and out' = out * exp(lse - lse'), the kernel's own
+formulas (FlashAttention-2, arXiv:2307.08691, algorithm 2), given out' and lse', yield the exact dq, dk and
+dv of the softmax with the sink, and dsink = -sum exp(sink - lse') * rowsum(dout * out').
+"""
+
+import torch
+from torch import Tensor
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """attend() by document boundaries, [T, H, head_dim] bfloat16 or float16 on CUDA.
+
+    Args:
+        cu_seqlens: [D+1] int32.
+        longest: at least the longest document, tokens; a scalar on the CPU.
+    """
+    left = -1 if window is None else window - 1
+    sinks32 = None if sinks is None else sinks.float()
+    out, *_ = _flash(q, k, v, cu_seqlens, longest, sinks32, left, scale)
+    return out
+
+
+@torch.library.custom_op("posttrain::flash_attention", mutates_args=())
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: Tensor, sinks: Tensor | None, left: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [T, H, head_dim], lse [H, T] float32 with the sink in it, and the kernel's random state, unused."""
+    window, max_len = {"window_size_left": left, "window_size_right": 0}, int(longest)
+    out, lse, state, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu, cu, max_len, max_len, 0.0, True, return_debug_mask=False, scale=scale, **window
+    )
+    if sinks is not None:
+        with_sink = torch.logaddexp(lse, sinks[:, None])
+        out = (out * (lse - with_sink).exp().T[..., None]).to(out.dtype)
+        lse = with_sink
+    return out, lse, state
+
+
+@_flash.register_fake
+def _(q, k, v, cu, longest, sinks, left, scale):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return torch.empty_like(q), lse, torch.empty((2,), dtype=torch.uint64, device=q.device)
+
+
+@torch.library.custom_op("posttrain::flash_attention_backward", mutates_args=())
+def _flash_backward(  # noqa: PLR0913 (what the kernel takes)
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu: Tensor,
+    longest: Tensor,
+    state: Tensor,
+    left: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    window, max_len = {"window_size_left": left, "window_size_right": 0}, int(longest)
+    unused = q.new_empty(0)
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, cu, cu, max_len, max_len, 0.0, True, state, unused, scale=scale, **window
+    )
+
+
+@_flash_backward.register_fake
+def _(grad, q, k, v, out, lse, cu, longest, state, left, scale):  # noqa: PLR0913
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu, longest, sinks, ctx.left, ctx.scale = inputs
+    out, lse, state = output
+    ctx.save_for_backward(q, k, v, cu, longest, sinks, out, lse, state)
+    ctx.mark_non_differentiable(lse, state)
+
+
+def _gradients(ctx, grad, *_):
+    q, k, v, cu, longest, sinks, out, lse, state = ctx.saved_tensors
+    grad = grad.contiguous()
+    dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, cu, longest, state, ctx.left, ctx.scale)
+    dsinks = None
+    if sinks is not None:
+        rowsum = (grad.float() * out.float()).sum(-1)
+        dsinks = -((sinks[:, None] - lse).exp().T * rowsum).sum(0)
+    return dq, dk, dv, None, None, dsinks, None, None
+
+
+_flash.register_autograd(_gradients, setup_context=_save)

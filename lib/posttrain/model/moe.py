@@ -1,0 +1,128 @@
+"""Mixture of experts over flat tokens: route, sort by expert, one grouped matmul for all of them, weigh, sum.
+
+Shapes do not depend on the routing and nothing is read back to the host, so a step never waits for the
+device and never recompiles.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from posttrain.model.families import DecoderConfig, Experts
+from posttrain.model.layers import Linear
+
+
+class Router(Linear):
+    """Scores every expert for every token and keeps the top k."""
+
+    def __init__(self, hidden_size: int, experts: Experts):
+        super().__init__(hidden_size, experts.count, bias=experts.bias)
+        self.top_k, self.softmax_first, self.normalize = experts.top_k, experts.softmax_first, experts.normalize
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, d] -> weights [T, k] in x's dtype, and expert numbers [T, k] int64.
+
+        The precisions are the families' own: Qwen3 takes the softmax in float32 over all experts
+        (modeling_qwen3_moe), GPT-OSS in the logits' dtype over the chosen ones (modeling_gpt_oss).
+        """
+        scores = self(x)
+        if not self.softmax_first:
+            chosen, experts = scores.topk(self.top_k, dim=-1)
+            return chosen.softmax(-1), experts
+        weights, experts = scores.float().softmax(-1).topk(self.top_k, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(x.dtype), experts
+
+
+class ExpertMLPs(nn.Module):
+    """The gated MLPs of all experts, stacked: gate rows, then up rows."""
+
+    def __init__(self, hidden_size: int, experts: Experts):
+        super().__init__()
+        count, size = experts.count, experts.mlp_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
+        self.gate_up_bias = nn.Parameter(torch.empty(count, 2 * size)) if experts.bias else None
+        self.down_bias = nn.Parameter(torch.empty(count, hidden_size)) if experts.bias else None
+        self.limit, self.alpha = experts.limit, experts.alpha
+
+    def forward(self, x: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+        """[R, d] rows sorted by expert -> [R, d].
+
+        Args:
+            experts: [R] int64, the expert of each row, ascending.
+            ends: [E] int32, where each expert's rows end.
+        """
+        hidden = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
+        if self.gate_up_bias is None or self.down_bias is None:
+            gate, up = hidden.chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        gate, up = (hidden + self.gate_up_bias[experts]).chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        hidden = (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+        return F.grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends) + self.down_bias[experts]
+
+
+class MoE(nn.Module):
+    """Router and experts in place of a dense MLP, over [T, d]."""
+
+    load: Tensor
+    """[E] float32, share of the last batch's routed rows that each expert took; its mean is 1 / E."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        assert config.experts is not None, "a layer without experts has an MLP"
+        self.count, self.top_k = config.experts.count, config.experts.top_k
+        self.router = Router(config.hidden_size, config.experts)
+        self.experts = ExpertMLPs(config.hidden_size, config.experts)
+        self.register_buffer("load", torch.zeros(self.count), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, experts = self.router.choose(x)
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.zeros(self.count, dtype=torch.int32, device=x.device)
+        counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))
+        self.load.copy_(counts.float() / flat.numel())
+        back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=x.device))
+        rows = x[:, None, :].expand(-1, self.top_k, -1).reshape(len(flat), -1)
+        out = self.experts(_Permute.apply(rows, order, back), flat[order], counts.cumsum(0, dtype=torch.int32))
+        return (_Permute.apply(out, back, order).view(*experts.shape, -1) * weights[..., None]).sum(1)
+
+
+class _Permute(torch.autograd.Function):
+    """x[index] for a permutation: its gradient is the other permutation, with no atomics and so in one fixed order."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[index]
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return grads[0][inverse], None, None
+
+
+@torch.no_grad()
+def router_metrics(model: nn.Module) -> dict[str, Tensor]:
+    """How even the last batch's routing was, over the MoE layers of `model`; empty for a dense model.
+
+    Returns:
+        router/max_load: the busiest expert's share over the mean share, the worst layer's; 1 is even.
+        router/idle: share of experts that took no token, mean over layers.
+        router/entropy: of the shares, over log E, mean over layers; 1 is even.
+    """
+    loads = [module.load for module in model.modules() if isinstance(module, MoE)]
+    if not loads:
+        return {}
+    load = torch.stack(loads)
+    entropy = torch.special.entr(load).sum(-1) / math.log(load.shape[1])
+    return {
+        "router/max_load": (load.max(-1).values * load.shape[1]).max(),
+        "router/idle": (load == 0).float().mean(),
+        "router/entropy": entropy.mean(),
+    }
