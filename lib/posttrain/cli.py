@@ -3,8 +3,10 @@
 Nothing is imported before a command runs, so that --help answers at once.
 """
 
+import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +67,25 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Model folder, local or s3://, or a config.json.", metavar="MODEL")],
+    against: Annotated[str, typer.Option(help="Peers to compare with: transformers, vllm.")] = "transformers",
+    seeds: Annotated[int, typer.Option(help="Draws of weights and documents, or of documents.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON and nothing else.")] = False,
+) -> None:
+    """Prove that MODEL, or random weights in its shape, is the same function here as elsewhere; else exit status 1."""
+    from steps.verify import verify as compare
+
+    names = [name.strip() for name in against.split(",")]
+    with redirect_stdout(sys.stderr):  # what peers print is not the result
+        found = compare(model, against=names, seeds=seeds)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_verified(found, names)
+
+
 def _absolute(root: str) -> str:
     from posttrain.storage import is_s3
 
@@ -91,6 +112,23 @@ def _print_audit(proved: dict[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
     if proved["equal"]:
         console.print(f"equal to {proved['other']}, step by step", markup=False, soft_wrap=True)
+
+
+def _print_verified(found: dict[str, Any], names: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    weights = "its own weights" if found["weights"] == "folder" else "random weights in a small shape"
+    line = f"{found['path']}: {found['family']}, {found['parameters']} parameters, {weights}, seeds: {found['seeds']}"
+    console = Console(highlight=False)
+    console.print(line, markup=False, soft_wrap=True)
+    for name in names:
+        table = Table(title=f"agrees with {name}", title_justify="left")
+        table.add_column("worst of all seeds")
+        table.add_column("value", justify="right")
+        for key, value in found[name].items():
+            table.add_row(key, f"{value:.4f}" if key == "top1_agreement" else f"{value:.1e}")
+        console.print(table)
 
 
 if __name__ == "__main__":
