@@ -1,0 +1,72 @@
+"""What every GPU benchmark shares: the row of a result file, the machine it names, times by device events."""
+
+import json
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> str:
+    """The GPU, or the processor where there is none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Versions of the named distributions that are installed."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def row(benchmark: str, workload: str, *, ours: float, baseline: float, unit: str, **more: Any) -> dict[str, Any]:
+    """One result: `ratio` above 1 means that ours is better, whichever way the unit points."""
+    better_low = unit.split()[0] in ("ms", "s", "GiB", "MiB")
+    ratio = baseline / ours if better_low else ours / baseline
+    packages = versions("torch", "transformers", "trl", "liger-kernel", "triton", "safetensors")
+    return {
+        "benchmark": benchmark,
+        "workload": workload,
+        "hardware": hardware(),
+        "versions": packages,
+        "ours": round(ours, 4),
+        "baseline": round(baseline, 4),
+        "ratio": round(ratio, 3),
+        "unit": unit,
+        **more,
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]], out: str | None) -> None:
+    """Print a JSON line a row and write them all to `out`, or to benchmarks/results/<name>.json."""
+    for each in rows:
+        print(json.dumps(each), flush=True)
+    path = Path(out) if out else RESULTS / f"{name}.json"
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def median_ms(run: Callable[[], Any], *, repeat: int = 10, inner: int = 5, warmup: int = 3) -> float:
+    """Median milliseconds of run() on the device, over `repeat` times `inner` runs, one after another."""
+    import torch
+
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeat):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(inner):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / inner)
+    return sorted(times)[len(times) // 2]
