@@ -92,8 +92,9 @@ class Optim(Section):
     """Optimizer steps of the recipe."""
     lr: float = Field(default=1e-6, ge=0)
     """Peak learning rate; 0 changes nothing and is the paired baseline."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """After the linear warm-up: hold, or decay to zero."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """After the linear warm-up: hold; decay to zero in a line; or half a cosine to a tenth; or hold and decay over the
+    last fifth of the steps."""
     warmup_steps: int = Field(default=5, ge=0)
     """Steps over which the learning rate rises to its peak."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -204,10 +205,10 @@ class RunConfig(Section):
             problems.append("warmup needs data.sources; name one, or set warmup: null")
         if self.data.sources and not any(source.schedule[0][1] for source in self.data.sources):
             problems.append("data.sources: none has a weight above zero at draw 0; give one of them one")
-        if self.optim.warmup_steps >= self.optim.num_steps and self.optim.schedule == "linear":
+        if self.optim.warmup_steps >= self.optim.num_steps and self.optim.schedule != "constant":
             problems.append(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves none of optim.num_steps = "
-                f"{self.optim.num_steps} for the linear decay"
+                f"{self.optim.num_steps} for the {self.optim.schedule} decay"
             )
         if self.rollout.prompts_per_step % self.parallel.data:
             problems.append(

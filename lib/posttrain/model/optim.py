@@ -1,4 +1,4 @@
-"""AdamW with decay on matrices only, and the learning-rate schedule."""
+"""AdamW with decay on matrices only."""
 
 from torch import nn
 from torch.optim import AdamW
@@ -12,13 +12,3 @@ def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_dec
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=lr, betas=betas, fused=True)
-
-
-def lr_scale(step: int, *, schedule: str, warmup_steps: int, num_steps: int) -> float:
-    """Factor on the peak learning rate for step 0, 1, …: linear warm-up, then constant or linear to zero."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    assert schedule == "linear", f"unknown schedule {schedule!r}"
-    return max(0.0, (num_steps - step) / max(1, num_steps - warmup_steps))

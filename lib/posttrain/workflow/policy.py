@@ -18,9 +18,12 @@ from posttrain.data.batch import collate
 from posttrain.data.pack import attention_cost, deal
 from posttrain.data.types import Pack
 from posttrain.model.backend import backend_of
+from posttrain.model.decoder import Decoder
+from posttrain.model.flops import flop_counts
 from posttrain.model.forward import forward, loss_sum
 from posttrain.model.losses import Loss
-from posttrain.model.optim import adamw, lr_scale
+from posttrain.model.optim import adamw
+from posttrain.model.schedule import lr_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +93,9 @@ class PolicyRank:
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
         )
+        if isinstance(model, Decoder):
+            return flop_counts(model).token_and_square(training.pack_tokens)
+        # The same in multiply-adds of a forward pass, all that a model of unknown shape tells.
         return float(sum(p.numel() for p in model.parameters())), model.config.attention_width
 
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
@@ -120,8 +126,8 @@ class PolicyRank:
         """Publish the weights as a Hugging Face folder (rank 0 only)."""
         if not storage.exists(storage.join(uri, "manifest.json")):
             with storage.staging(uri) as folder:
-                self.backend.export(self.engine.model, folder, like=self.folder)
-                storage.publish(folder, uri)
+                facts = self.backend.export(self.engine.model, folder, like=self.folder)
+                storage.publish(folder, uri, **facts)
         return uri
 
     def _ref_logprobs(self, batch: Any, temperature: float) -> Tensor:

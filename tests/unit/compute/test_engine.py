@@ -18,7 +18,6 @@ from posttrain.data.sample import shift
 from posttrain.data.types import Pack
 from posttrain.errors import ComputeError
 from posttrain.model.losses.sft import SFTLoss
-from posttrain.model.optim import lr_scale
 from tiny import tiny_model
 
 
@@ -109,11 +108,3 @@ def test_nan_stops_before_the_weights_change(tmp_path: Path):
         engine.train_step(0, [batch], loss, denominator=first.loss_tokens)
     assert all(torch.equal(p, q) for p, q in zip(engine.model.parameters(), before, strict=True))
     assert all(p.grad is None for p in engine.model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("step", "schedule", "expected"),
-    [(0, "constant", 0.25), (3, "constant", 1.0), (9, "constant", 1.0), (4, "linear", 1.0), (7, "linear", 0.5)],
-)
-def test_schedule_values(step: int, schedule: str, expected: float):
-    assert lr_scale(step, schedule=schedule, warmup_steps=4, num_steps=10) == pytest.approx(expected)
