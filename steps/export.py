@@ -35,10 +35,11 @@ def export(
     source, backend = storage.fetch(model_uri), backend_of(config.model.backend)
 
     def write(folder):
-        backend.export(backend.load(source), folder, like=source)
+        facts = backend.export(backend.load(source), folder, like=source)
         tokenizer = BaseHFModelTokenizer(source)
         write_generation_config(folder, stop_id=tokenizer.stop_id, pad_id=tokenizer.pad_id)
         (folder / "README.md").write_text(_model_card(config, provenance, evaluation))
+        return facts | {"tokenizer_sha256": tokenizer.fingerprint()}
 
     storage.ensure_folder(uri, write)
     folder = storage.fetch(uri)

@@ -68,16 +68,16 @@ def staging(uri: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def ensure_folder(uri: str, fill: Callable[[Path], None]) -> None:
-    """Publish what `fill` writes into an empty folder, unless `uri` is published already.
+def ensure_folder(uri: str, fill: Callable[[Path], dict[str, Any] | None]) -> None:
+    """Publish what `fill` writes into an empty folder, and the facts it returns, unless `uri` is published already.
 
     For outputs that depend on the run's config alone, so that a repeated step keeps them.
     """
     if exists(join(uri, MANIFEST)):
         return
     with staging(uri) as folder:
-        fill(folder)
-        publish(folder, uri)
+        facts = fill(folder)
+        publish(folder, uri, **facts or {})
 
 
 def fetch(uri: str) -> Path:

@@ -98,6 +98,9 @@ def test_transformers_opens_the_export(run):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert Path(uri, "model.safetensors").stat().st_mode == Path(uri, "config.json").stat().st_mode
     assert "Lineage" in Path(uri, "README.md").read_text()
+    facts = json.loads(Path(uri, "manifest.json").read_text())
+    assert facts["tokenizer_sha256"] == run.data.exported["tokenizer_sha256"] and facts["vocab_size"] == len(tokenizer)
+    assert all(len(facts[name]) == 64 for name in ("architecture_sha256", "weights_sha256"))
 
 
 def test_cards_show_what_they_should(run):
