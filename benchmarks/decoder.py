@@ -20,28 +20,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import row, write
+from benchmarks.shapes import SIZES, hf_config
 
-SIZES = {
-    "tiny": (128, 2, 4, 2, 32, 384, 1024),
-    "0.6b": (1024, 28, 16, 8, 128, 3072, 151_936),
-    "1.7b": (2048, 28, 16, 8, 128, 6144, 151_936),
-    "4b": (2560, 36, 32, 8, 128, 9728, 151_936),
-}
-"""Qwen3: hidden size, layers, heads, key-value heads, head_dim, MLP size, vocabulary; tied."""
 PEAK = 989e12
 """Dense bfloat16 FLOP/s of an H100 or H200 by its data sheet."""
-
-
-def hf_config(size: str) -> dict[str, Any]:
-    """config.json of a Qwen3 of that size."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    names += ("head_dim", "intermediate_size", "vocab_size")
-    return dict(zip(names, SIZES[size], strict=True)) | {
-        "model_type": "qwen3",
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 40_960,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    }
 
 
 def documents(tokens: int, seed: int, vocab: int) -> list[np.ndarray]:
@@ -55,11 +37,16 @@ def documents(tokens: int, seed: int, vocab: int) -> list[np.ndarray]:
 
 
 def flops(size: str, lengths: list[int]) -> float:
-    """Exact FLOPs of forward and backward: causal within documents, no recompute."""
-    d, layers, heads, kv, head_dim, mlp, vocab = SIZES[size]
-    linear = layers * (d * head_dim * (2 * heads + 2 * kv) + 3 * d * mlp) + d * vocab
-    pairs = sum(n * (n + 1) / 2 for n in lengths)
-    return 6.0 * linear * sum(lengths) + 12.0 * layers * heads * head_dim * pairs
+    """Exact FLOPs of forward and backward, all tokens in the loss."""
+    import torch
+
+    from posttrain.model.decoder import Decoder
+    from posttrain.model.families import decoder_config
+    from posttrain.model.flops import flop_counts
+
+    with torch.device("meta"):
+        model = Decoder(decoder_config(hf_config(size)))
+    return flop_counts(model).step(lengths, sum(lengths))
 
 
 def run_ours(size: str, tokens: int, steps: int, attention: str) -> dict[str, Any]:

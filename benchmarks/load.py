@@ -26,39 +26,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.report import row, write
+from benchmarks.shapes import SIZES, hf_config
 
-SIZES = {
-    "tiny": (256, 2, 4, 2, 64, 512, 4000),
-    "0.6b": (1024, 28, 16, 8, 128, 3072, 151_936),
-    "1.7b": (2048, 28, 16, 8, 128, 6144, 151_936),
-    "4b": (2560, 36, 32, 8, 128, 9728, 151_936),
-}
-"""Hidden size, layers, heads, key-value heads, head size, MLP size, vocabulary; Qwen3's own but for the first."""
 SHARD_BYTES = 5e9
 MIB = 2**20
-
-
-def config_of(size: str) -> dict[str, Any]:
-    """config.json of a Qwen3 with tied embeddings."""
-    hidden, layers, heads, kv_heads, head_dim, mlp, vocab = SIZES[size]
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": mlp,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 40_960,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "dtype": "bfloat16",
-    }
 
 
 def shapes_of(size: str) -> dict[str, tuple[int, ...]]:
@@ -102,7 +73,7 @@ def write_checkpoint(folder: Path, size: str) -> int:
         shard.clear()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config_of(size)))
+    (folder / "config.json").write_text(json.dumps(hf_config(size)))
     return total
 
 

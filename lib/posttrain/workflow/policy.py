@@ -22,6 +22,7 @@ from posttrain.model.decoder import Decoder
 from posttrain.model.flops import flop_counts
 from posttrain.model.forward import forward, loss_sum
 from posttrain.model.losses import Loss
+from posttrain.model.moe import router_metrics
 from posttrain.model.optim import adamw
 from posttrain.model.schedule import lr_scale
 
@@ -99,11 +100,12 @@ class PolicyRank:
         return float(sum(p.numel() for p in model.parameters())), model.config.attention_width
 
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
-        """One optimizer step over this rank's share of the global batch; global metrics."""
+        """One optimizer step over this rank's share of the global batch; global metrics, and how experts were used."""
         batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
         if self.reference is not None:
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
-        return self.engine.train_step(step, batches, loss, denominator=denominator)
+        metrics = self.engine.train_step(step, batches, loss, denominator=denominator)
+        return metrics | {name: float(value) for name, value in router_metrics(self.engine.model).items()}
 
     def weights(self, dtype: str) -> dict[str, Tensor]:
         """Weights under Hugging Face names, on the CPU, cast to what the generator wants."""

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from loss_batch import loss_batch
 from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
-from posttrain.data.types import Batch
 from posttrain.model.forward import Output, forward, loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.losses.grpo import GRPOLoss
@@ -16,26 +16,9 @@ from posttrain.model.losses.sft import SFTLoss
 from tiny import tiny_model
 
 
-def batch_of(mask: Tensor, **columns: Tensor) -> Batch:
-    """A Batch whose loss positions are all there is; only what losses read matters."""
-    n = len(mask)
-    zeros = torch.zeros(n, dtype=torch.int64)
-    return Batch(
-        input_ids=zeros,
-        target_ids=zeros,
-        position_ids=zeros,
-        doc_id=zeros,
-        cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
-        loss_idx=torch.arange(n),
-        loss_mask=mask,
-        max_doc_len=n,
-        **columns,
-    )
-
-
 def test_sft_loss_is_the_weighted_negative_logprob():
     logprobs = torch.tensor([-1.0, -2.0, -4.0])
-    loss, _ = SFTLoss()(Output(logprobs=logprobs, entropy=torch.zeros(3)), batch_of(torch.tensor([1.0, 0.5, 2.0])))
+    loss, _ = SFTLoss()(Output(logprobs=logprobs, entropy=torch.zeros(3)), loss_batch(torch.tensor([1.0, 0.5, 2.0])))
     assert loss.item() == pytest.approx(1.0 * 1 + 0.5 * 2 + 2.0 * 4)
 
 
@@ -45,7 +28,7 @@ def test_grpo_loss_and_gradient_equal_the_formula():
     sampler, ref = torch.tensor(rng.normal(-1, 0.5, 12)), torch.tensor(rng.normal(-1, 0.5, 12))
     advantages, mask = torch.tensor(rng.normal(size=12)), torch.tensor(rng.choice([0.5, 1.0], 12))
     loss_fn = GRPOLoss(temperature=1.0, importance_cap=1.2, kl_coef=0.3)
-    batch = batch_of(mask, sampler_logprobs=sampler, advantages=advantages, ref_logprobs=ref)
+    batch = loss_batch(mask, sampler_logprobs=sampler, advantages=advantages, ref_logprobs=ref)
     loss, metrics = loss_fn(Output(logprobs=logprobs, entropy=torch.ones(12)), batch)
     (gradient,) = torch.autograd.grad(loss, logprobs)
 

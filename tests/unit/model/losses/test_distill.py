@@ -10,7 +10,7 @@ from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.experimental.sdpo.loss_utils import add_tail_bucket, compute_divergence
 from trl.experimental.server_distillation.server_distillation_trainer import ServerDistillationTrainer
 
-from posttrain.data.types import Batch
+from loss_batch import loss_batch
 from posttrain.model.losses.distill import DivergenceLoss, TopKDistillLoss
 from posttrain.model.output import Output
 
@@ -42,22 +42,6 @@ def divergence(kind: str, beta: float, student: Tensor, teacher: Tensor) -> Tens
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
-def batch_of(mask: Tensor, teacher: Tensor | None = None) -> Batch:
-    n = len(mask)
-    zeros = torch.zeros(n, dtype=torch.int64)
-    return Batch(
-        input_ids=zeros,
-        target_ids=zeros,
-        position_ids=zeros,
-        doc_id=zeros,
-        cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
-        loss_idx=torch.arange(n),
-        loss_mask=mask,
-        max_doc_len=n,
-        teacher_logprobs=teacher,
-    )
-
-
 def top_k(n: int = 5, vocab: int = 11, k: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """float64: both models' logits [n, vocab], the teacher's top ids and their log probabilities [n, k]."""
     torch.manual_seed(0)
@@ -87,7 +71,7 @@ def test_top_k_divergence_and_its_gradient_equal_the_formula(kind, tail: bool):
     leaf = logits.clone().requires_grad_()
     logprobs = torch.log_softmax(leaf, -1).gather(-1, ids)
     output = Output(logprobs=logprobs[:, 0], entropy=torch.ones(5), teacher_logprobs=logprobs)
-    loss, metrics = TopKDistillLoss(kind=kind, tail=tail)(output, batch_of(mask, known))
+    loss, metrics = TopKDistillLoss(kind=kind, tail=tail)(output, loss_batch(mask, teacher_logprobs=known))
     reference = logits.clone().requires_grad_()
     torch.testing.assert_close(loss, expected(reference), atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(
@@ -105,7 +89,7 @@ def test_top_k_with_a_tail_is_exact_over_the_whole_vocabulary_and_never_above_it
     for k in range(1, 11):
         known, ids = teacher.topk(k, -1)
         output = Output(logprobs=student[:, 0], entropy=torch.zeros(5), teacher_logprobs=student.gather(-1, ids))
-        loss, _ = TopKDistillLoss(kind=kind)(output, batch_of(torch.ones(5), known))
+        loss, _ = TopKDistillLoss(kind=kind)(output, loss_batch(torch.ones(5), teacher_logprobs=known))
         assert previous - 1e-9 <= loss.item() <= full.item() + 1e-9
         previous = loss.item()
     assert previous == pytest.approx(full.item(), abs=1e-9), "ten of eleven tokens and a bucket are all there is"
@@ -116,7 +100,7 @@ def test_top_k_bears_a_top_k_that_holds_all_mass(kind):
     known = torch.tensor([[0.0, -40.0], [-1e-7, -20.0]])
     student = torch.tensor([[-30.0, 0.0], [0.0, -50.0]], requires_grad=True)
     output = Output(logprobs=student[:, 0], entropy=torch.zeros(2), teacher_logprobs=student)
-    loss, _ = TopKDistillLoss(kind=kind)(output, batch_of(torch.ones(2), known))
+    loss, _ = TopKDistillLoss(kind=kind)(output, loss_batch(torch.ones(2), teacher_logprobs=known))
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.isfinite() and gradient.isfinite().all()
 
@@ -124,7 +108,7 @@ def test_top_k_bears_a_top_k_that_holds_all_mass(kind):
 def test_top_k_rows_are_independent():
     logits, _, ids, known = top_k()
     logprobs, mask = torch.log_softmax(logits, -1).gather(-1, ids), torch.rand(5, dtype=torch.float64)
-    loss_fn, batch = TopKDistillLoss(kind="forward_kl"), batch_of(mask, known)
+    loss_fn, batch = TopKDistillLoss(kind="forward_kl"), loss_batch(mask, teacher_logprobs=known)
 
     def of(chosen: slice) -> Tensor:
         part = Output(logprobs=logprobs[chosen, 0], entropy=torch.zeros(5)[chosen], teacher_logprobs=logprobs[chosen])
@@ -185,7 +169,7 @@ def test_a_small_beta_approaches_the_convention_at_its_ends():
 def test_divergence_is_not_made_from_an_output():
     output = Output(logprobs=torch.zeros(3), entropy=torch.zeros(3))
     with pytest.raises(AssertionError, match="rows"):
-        DivergenceLoss(kind="jsd")(output, batch_of(torch.ones(3)))
+        DivergenceLoss(kind="jsd")(output, loss_batch(torch.ones(3)))
 
 
 def top_k_logprobs() -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +180,7 @@ def top_k_logprobs() -> tuple[Tensor, Tensor, Tensor]:
 
 def top_k_loss(loss_fn: TopKDistillLoss, student: Tensor, teacher: Tensor) -> Tensor:
     output = Output(logprobs=student[:, 0], entropy=torch.zeros(len(student)), teacher_logprobs=student)
-    return loss_fn(output, batch_of(torch.ones(len(student), dtype=torch.float64), teacher))[0]
+    return loss_fn(output, loss_batch(torch.ones(len(student), dtype=torch.float64), teacher_logprobs=teacher))[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
