@@ -37,7 +37,7 @@ def export(
     def write(folder):
         facts = backend.export(backend.load(source), folder, like=source)
         tokenizer = BaseHFModelTokenizer(source)
-        write_generation_config(folder, stop_id=tokenizer.stop_id, pad_id=tokenizer.pad_id)
+        write_generation_config(folder, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
         (folder / "README.md").write_text(_model_card(config, provenance, evaluation))
         return facts | {"tokenizer_sha256": tokenizer.fingerprint()}
 

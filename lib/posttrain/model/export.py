@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,14 @@ def write_tensors(
     return facts.all()
 
 
-def write_generation_config(folder: str | Path, *, stop_id: int, pad_id: int) -> None:
-    """Tell every engine that opens the folder where a turn ends, beside what it was told already."""
+def write_generation_config(folder: str | Path, *, stop_ids: Sequence[int], pad_id: int) -> None:
+    """Tell every engine that opens the folder which tokens end a turn, beside those that it was told already."""
     path = Path(folder, "generation_config.json")
     known = json.loads(path.read_text()) if path.is_file() else {}
     stops = known.get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
-    stops = [stop_id, *(token for token in stops if token != stop_id)]
-    known |= {"eos_token_id": stops if len(stops) > 1 else stop_id, "pad_token_id": pad_id}
+    stops = list(dict.fromkeys([*stop_ids, *stops]))
+    known |= {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": pad_id}
     path.write_text(json.dumps(known, indent=2) + "\n")
 
 

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generator(folder: Path, **options) -> TransformersGenerator:
-    made = TransformersGenerator(model_uri=str(folder), stop_id=2, pad_id=0, **options)
+    made = TransformersGenerator(**{"model_uri": str(folder), "stop_ids": (2,), "pad_id": 0} | options)
     made.sync(3, dict(hf_tensors(load_decoder(folder))))
     return made
 
@@ -81,6 +81,15 @@ def test_stop_token_ends_and_is_kept_and_length_is_said(folder: Path):
     assert all(len(c.token_ids) == len(c.logprobs) == len(c.versions) for c in made)
 
 
+def test_any_of_several_stop_tokens_ends_a_completion(folder: Path):
+    stops = tuple(range(2, 60))
+    made = generator(folder, stop_ids=stops).generate([request(5, seed=n, new=40) for n in range(32)])
+    ended = [c for c in made if c.finish_reason == "stop"]
+    assert len({c.token_ids[-1] for c in ended}) > 1
+    for completion in ended:
+        assert completion.token_ids[-1] in stops and not set(completion.token_ids[:-1]) & set(stops)
+
+
 def test_requests_of_one_batch_keep_their_own_limits(folder: Path):
     made = generator(folder).generate([request(4, seed=s, new=n) for s, n in enumerate((1, 7, 3))])
     assert all(len(c.token_ids) <= n for c, n in zip(made, (1, 7, 3), strict=True))
@@ -103,6 +112,6 @@ def test_sync_answers_with_what_is_held(folder: Path):
 
 
 def test_generating_before_a_sync_is_our_own_mistake(folder: Path):
-    fresh = TransformersGenerator(model_uri=str(folder), stop_id=2, pad_id=0)
+    fresh = TransformersGenerator(model_uri=str(folder), stop_ids=(2,), pad_id=0)
     with pytest.raises(AssertionError, match="holds no weights"):
         fresh.generate([request(1)])

@@ -15,7 +15,7 @@ from posttrain.data.batch import collate
 from posttrain.data.sample import shift
 from posttrain.data.types import Pack
 from posttrain.model.build import build_model, fresh_config
-from posttrain.model.export import export_model, write_weights
+from posttrain.model.export import export_model, write_generation_config, write_weights
 from posttrain.model.forward import logits
 from posttrain.model.load import load_decoder
 from posttrain.model.tensor_file import INDEX
@@ -228,3 +228,17 @@ def test_the_host_holds_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("posttrain.model.export.hf_tensors", copies)
     write_weights(source, load_decoder(source), shard_bytes=20_000)
     assert len(held) > 3 and 0 < max(held) <= 2 * 20_000  # a shard, and the tensor that did not fit in it
+
+
+@pytest.mark.parametrize(
+    ("known", "stops", "written"),
+    [(None, (7,), 7), ({"eos_token_id": 7}, (7,), 7), ({"eos_token_id": [7, 9]}, (8, 7), [8, 7, 9])],
+)
+def test_every_stop_token_is_written_beside_those_that_the_folder_knew(tmp_path: Path, known, stops, written):
+    path = tmp_path / "generation_config.json"
+    if known is not None:
+        path.write_text(json.dumps(known | {"temperature": 0.5}))
+    write_generation_config(tmp_path, stop_ids=stops, pad_id=1)
+    found = json.loads(path.read_text())
+    assert (found["eos_token_id"], found["pad_token_id"]) == (written, 1)
+    assert found.get("temperature") == (None if known is None else 0.5)

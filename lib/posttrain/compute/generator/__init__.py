@@ -34,7 +34,7 @@ class Completion:
 class Generator(Protocol):
     """Holds one copy of the policy's weights and samples from it.
 
-    Made as `cls(model_uri=…, stop_id=…, pad_id=…)` in a process of its own.
+    Made as `cls(model_uri=…, stop_ids=…, pad_id=…)` in a process of its own.
     """
 
     def weight_dtype(self) -> str:

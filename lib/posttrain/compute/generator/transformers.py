@@ -21,14 +21,14 @@ MAX_CACHE_TOKENS = 131_072
 class TransformersGenerator:
     """Sample from a Hugging Face model folder's architecture, in float32 on CPU or bfloat16 on a GPU."""
 
-    def __init__(self, *, model_uri: str, stop_id: int, pad_id: int, max_batch: int = 512):
+    def __init__(self, *, model_uri: str, stop_ids: Sequence[int], pad_id: int, max_batch: int = 512):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         config = AutoConfig.from_pretrained(str(storage.fetch(model_uri)), local_files_only=True)
         self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(self.device).eval()
-        self.stop_id, self.pad_id, self.max_batch = stop_id, pad_id, max_batch
+        self.stop_ids, self.pad_id, self.max_batch = tuple(stop_ids), pad_id, max_batch
         self.version = -1
 
     def weight_dtype(self) -> str:
@@ -71,6 +71,7 @@ class TransformersGenerator:
         noise = torch.from_numpy(np.stack([uniforms(r.seed, steps) for r in requests]))
         temperature = torch.tensor([r.temperature for r in requests], device=self.device)
         limit = torch.tensor([r.max_new_tokens for r in requests], device=self.device)
+        stops = torch.tensor(self.stop_ids, device=self.device)
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
         cache, positions = None, (mask.cumsum(-1) - 1).clamp(min=0)
@@ -88,7 +89,7 @@ class TransformersGenerator:
             token, logprob = sample(out.logits[:, -1].float(), noise[:, step].to(self.device), temperature)
             tokens.append(torch.where(finished, self.pad_id, token))
             logprobs.append(logprob)
-            finished = finished | (token == self.stop_id) | (limit <= step + 1)
+            finished = finished | torch.isin(token, stops) | (limit <= step + 1)
             if bool(finished.all()):
                 break
             ids, positions = token[:, None], (lengths + step)[:, None]
@@ -101,14 +102,14 @@ class TransformersGenerator:
         completions = []
         for request, row, scores in zip(requests, tokens, logprobs, strict=True):
             row = row[: request.max_new_tokens]
-            stopped = self.stop_id in row
-            length = row.index(self.stop_id) + 1 if stopped else len(row)
+            end = next((place for place, token in enumerate(row) if token in self.stop_ids), None)
+            length = len(row) if end is None else end + 1
             completions.append(
                 Completion(
                     token_ids=tuple(row[:length]),
                     logprobs=tuple(scores[:length]),
                     versions=(self.version,) * length,
-                    finish_reason="stop" if stopped else "length",
+                    finish_reason="length" if end is None else "stop",
                 )
             )
         return completions
