@@ -59,16 +59,18 @@ class Engine:
             ComputeError: loss or gradient is NaN or infinite. No rank has then changed its weights.
         """
         start = time.perf_counter()
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         for batch in batches:
             loss, metrics = self._loss_sum(self.model, batch, loss_fn, scale=1 / denominator)
             loss.backward()
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        forward_backward = time.perf_counter()
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
         self.ranks.sum_gradients(self.model.parameters())
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        means = self._global_means(sums, denominator)
+        total = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        # The one place of a step where the host waits for the device.
+        norm, *read = torch.stack([total.double(), *sums.values()]).tolist()
+        forward_backward = time.perf_counter()
+        means = self._global_means(dict(zip(sums, read, strict=True)), denominator)
         if not math.isfinite(norm) or not all(map(math.isfinite, means.values())):
             self.optimizer.zero_grad(set_to_none=True)
             raise ComputeError(f"step {step}: gradient norm {norm}, metrics {means}; the weights were not changed")
