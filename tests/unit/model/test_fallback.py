@@ -241,20 +241,22 @@ def test_an_export_with_one_other_bit_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """An OLMo2 of random weights with the tokenizer of prepared tokens, brought into a run by its prepare step."""
+    """An OLMo2 of random weights, brought through prepare and tokenize of a run of its own."""
     folder = tmp_path_factory.mktemp("olmo2")
     base = prepared(folder / "tokens", small_config())
     tokenizer = shutil.ignore_patterns("*.safetensors", "config.json", "manifest*")
     shutil.copytree(base.model_uri, folder / "model", ignore=tokenizer)
     size = json.loads(Path(base.model_uri, "config.json").read_text())["vocab_size"]
     source = native_folder(folder / "model", "olmo2", vocab_size=size)
-    config, root = fallback_config(source, "transformers"), str(folder / "run")
+    config, root = fallback_config(source, "transformers"), folder / "run"
+    root.mkdir()
+    made = prepared(root, config)
     return SimpleNamespace(
         config=config,
         source=source,
-        root=root,
-        model=prepare(config, root=root)["model"],
-        tokens_uri=base.tokens_uri,
+        root=str(root),
+        model=prepare(config, root=str(root))["model"],
+        tokens_uri=made.tokens_uri,
         tokenizer_sha256=BaseHFModelTokenizer(base.model_uri).fingerprint(),
     )
 
