@@ -50,7 +50,7 @@ def verify(path: str, *, against: Sequence[str] = ("transformers",), seeds: int 
         seeds: draws of weights and documents where there is a config only, else of documents.
 
     Returns:
-        path, family, weights ("random" or "folder"), seeds, parameters (tensors compared), and a mapping for
+        path, family, weights ("random" or "folder"), seeds, tensors (parameters compared), and a mapping for
         each peer: the worst of its numbers over all seeds, and the tolerances they keep.
 
     Raises:
@@ -67,13 +67,13 @@ def verify(path: str, *, against: Sequence[str] = ("transformers",), seeds: int 
     if not config.lm_head:
         raise ModelError(f"{path}: a model that only scores has no logits. Fix: verify the model that it grew from")
     with torch.device("meta"):
-        parameters = len(list(Decoder(config if folder else decoder_config(small_config(hf_config))).parameters()))
+        tensors = len(list(Decoder(config if folder else decoder_config(small_config(hf_config))).parameters()))
     return {
         "path": path,
         "family": config.family,
         "weights": "folder" if folder else "random",
         "seeds": seeds,
-        "parameters": parameters,
+        "tensors": tensors,
         **{
             name: _worst([_compared(path, folder, hf_config, peer=name, seed=seed) for seed in range(seeds)])
             for name in against

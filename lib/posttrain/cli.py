@@ -119,7 +119,7 @@ def _print_verified(found: dict[str, Any], names: list[str]) -> None:
     from rich.table import Table
 
     weights = "its own weights" if found["weights"] == "folder" else "random weights in a small shape"
-    line = f"{found['path']}: {found['family']}, {found['parameters']} parameters, {weights}, seeds: {found['seeds']}"
+    line = f"{found['path']}: {found['family']}, {found['tensors']} tensors, {weights}, seeds: {found['seeds']}"
     console = Console(highlight=False)
     console.print(line, markup=False, soft_wrap=True)
     for name in names:

@@ -40,7 +40,7 @@ def posttrain(*words, cwd):
 def test_a_config_is_compared_by_random_weights(config):
     found = verify(config, seeds=2)
     assert found["weights"] == "random" and found["seeds"] == 2 and found["family"] == "qwen3"
-    assert found["parameters"] > 20
+    assert found["tensors"] > 20
     numbers = found["transformers"]
     assert 0 < numbers["max_abs_diff"] <= numbers["tolerance"]
     assert 0 < numbers["gradient_diff"] <= numbers["gradient_tolerance"]
