@@ -90,22 +90,6 @@ class FlopCounts:
         """
         return num_tokens * (6.0 * self.palm_params + 12.0 * self.palm_width * seq_len)
 
-    def token_and_square(self, pack_tokens: int) -> tuple[float, float]:
-        """`linear` and `quadratic` of data.pack.attention_cost, FLOPs: exact where every token carries loss and no
-        window is shorter than a pack, else from above.
-
-        A window shorter than a pack is held to be full at every token: that errs by less than the window, where a
-        square would err by as much as the document is longer.
-        """
-        linear, quadratic = self.token.total + self.row.total, 0.0
-        for window, pair in self.pairs.items():
-            if window is not None and window < pack_tokens:
-                linear += pair.total * window
-            else:  # n (n + 1) / 2 pairs
-                linear += pair.total / 2
-                quadratic += pair.total / 2
-        return linear, quadratic
-
 
 def visible_pairs(length: int, window: int | None) -> int:
     """Pairs (i, j) of a document's positions with i - window < j <= i; window None is the whole document."""

@@ -94,6 +94,7 @@ SFT = View(
         "grad_norm": "Gradient norm",
         "lr": "Learning rate",
         "perf/tokens_per_s": "Tokens per second",
+        "perf/mfu": "MFU, exact",
     },
     charts=(
         Chart("Loss", "nats per trained token", (Line("loss", "loss"),), height=330),

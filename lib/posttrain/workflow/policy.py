@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from posttrain.data.pack import attention_cost, deal
 from posttrain.data.types import Pack
 from posttrain.model.backend import backend_of
 from posttrain.model.decoder import Decoder
-from posttrain.model.flops import flop_counts
+from posttrain.model.flops import FlopCounts, flop_counts, mfu, peak_flops
 from posttrain.model.forward import forward, loss_sum
 from posttrain.model.losses import Loss
 from posttrain.model.moe import router_metrics
@@ -39,6 +40,37 @@ class Training:
     weight_decay: float
     max_grad_norm: float
     pack_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What the driver needs to know of a model: what packs cost it, and what its device could do."""
+
+    counts: FlopCounts | None
+    """None for a model of unknown shape."""
+    linear: float
+    quadratic: float
+    """Of attention_cost, for that model."""
+    peak: float | None
+    """FLOP/s of one device by its data sheet, None where unknown."""
+
+    def of(self, pack: Pack) -> float:
+        """FLOPs of a pack, forward and backward; in some other unit for a model of unknown shape."""
+        if self.counts is None:
+            return attention_cost(pack, linear=self.linear, quadratic=self.quadratic)
+        rows = sum(int(np.count_nonzero(sample.loss_mask)) for sample in pack.samples)
+        return self.counts.step([len(sample) for sample in pack.samples], rows)
+
+    def metrics(self, packs: Sequence[Pack], seconds: float, *, ranks: int, pack_tokens: int) -> dict[str, float]:
+        """Useful FLOP/s of one device in a step, as a number and, where its peak is known, as a share: exact (see
+        model/flops.py), and by PaLM's convention at the length of a pack, for comparing with who reports that."""
+        if self.counts is None:
+            return {}
+        total, tokens = sum(map(self.of, packs)), sum(pack.num_tokens for pack in packs)
+        found = {"perf/tflops": total / seconds / ranks / 1e12}
+        exact = mfu(total, seconds, ranks, self.peak)
+        palm = mfu(self.counts.palm(tokens, pack_tokens), seconds, ranks, self.peak)
+        return found if exact is None or palm is None else found | {"perf/mfu": exact, "perf/mfu_palm": palm}
 
 
 class PolicyRank:
@@ -62,8 +94,8 @@ class PolicyRank:
         self.meeting = MeetingPoint(node_address())
         return self.meeting.address
 
-    def join(self, address: str, timeout_s: float) -> tuple[float, float]:
-        """Meet the other ranks, load the model, make the engine; return what a token and a pair of tokens cost."""
+    def join(self, address: str, timeout_s: float) -> Costs:
+        """Meet the other ranks, load the model, make the engine; return what packs cost it."""
         training = self.training
         ranks = Ranks(
             rank=self.rank,
@@ -94,10 +126,13 @@ class PolicyRank:
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
         )
-        if isinstance(model, Decoder):
-            return flop_counts(model).token_and_square(training.pack_tokens)
-        # The same in multiply-adds of a forward pass, all that a model of unknown shape tells.
-        return float(sum(p.numel() for p in model.parameters())), model.config.attention_width
+        return Costs(
+            counts=flop_counts(model) if isinstance(model, Decoder) else None,
+            # In multiply-adds of a forward pass, all that a model of unknown shape tells.
+            linear=float(sum(p.numel() for p in model.parameters())),
+            quadratic=model.config.attention_width,
+            peak=peak_flops(torch.cuda.get_device_name()) if self.device.type == "cuda" else None,
+        )
 
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; global metrics, and how experts were used."""
@@ -140,10 +175,8 @@ class PolicyRank:
 class Policy:
     """The driver's side of the ranks: one method a phase, whatever the mesh below."""
 
-    def __init__(self, group: ActorGroup, *, timeout_s: float):
-        self.group, self.timeout_s = group, timeout_s
-        self.cost = partial(attention_cost, linear=1.0, quadratic=0.0)
-        """What a pack costs; in tokens until the ranks have said how their model weighs attention."""
+    def __init__(self, group: ActorGroup, costs: Costs, *, pack_tokens: int, timeout_s: float):
+        self.group, self.costs, self.pack_tokens, self.timeout_s = group, costs, pack_tokens, timeout_s
 
     @staticmethod
     async def launch(
@@ -159,18 +192,19 @@ class Policy:
         """Start the ranks, let them find each other, and load the model."""
         same = {"model_uri": model_uri, "backend": backend, "training": training, "reference": reference}
         per_rank = [{"rank": r, "world_size": ranks, **same} for r in range(ranks)]
-        policy = Policy(ActorGroup("policy", PolicyRank, per_rank, **hardware), timeout_s=timeout_s)
-        address = await policy.group.call_one(0, "address", timeout_s=timeout_s)
-        (linear, quadratic), *_ = await policy.group.call("join", address, timeout_s, timeout_s=timeout_s)
-        policy.cost = partial(attention_cost, linear=linear, quadratic=quadratic)
-        return policy
+        group = ActorGroup("policy", PolicyRank, per_rank, **hardware)
+        address = await group.call_one(0, "address", timeout_s=timeout_s)
+        costs, *_ = await group.call("join", address, timeout_s, timeout_s=timeout_s)
+        return Policy(group, costs, pack_tokens=training.pack_tokens, timeout_s=timeout_s)
 
     async def train_step(self, step: int, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
         """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token."""
         denominator = sum(pack.loss_tokens for pack in packs)
-        shares = deal(packs, ranks=len(self.group), cost=self.cost)
-        calls = [((step, share, loss, denominator), {}) for share in shares]
-        return (await self.group.call_each("train_step", calls, timeout_s=self.timeout_s))[0]
+        ranks = len(self.group)
+        calls = [((step, share, loss, denominator), {}) for share in deal(packs, ranks=ranks, cost=self.costs.of)]
+        metrics, *_ = await self.group.call_each("train_step", calls, timeout_s=self.timeout_s)
+        seconds = metrics["time/forward_backward_s"] + metrics["time/optimizer_s"]
+        return metrics | self.costs.metrics(packs, seconds, ranks=ranks, pack_tokens=self.pack_tokens)
 
     async def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
         return await self.group.call_one(0, "save", checkpoints, step, state, timeout_s=self.timeout_s)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain.data.batch import collate
-from posttrain.data.pack import attention_cost, pack
+from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
 from posttrain.model import attention, moe
@@ -247,18 +247,6 @@ def test_packing_does_not_change_the_count():
         packs = pack(units, pack_tokens=int(rng.integers(100, 500)))
         each = [counts.step([len(s) for s in p.samples], int(p.loss_tokens), num_samples=len(p.samples)) for p in packs]
         assert sum(each) == counts.step(lens, sum(lens), num_samples=30)
-
-
-def test_the_driver_deals_packs_by_the_same_count():
-    model = decoder("llama")
-    counts, lens = flop_counts(model), (5, 9, 30)
-    whole = Pack(samples=tuple(shift([1] * (n + 1), [1.0] * (n + 1)) for n in lens), num_units=3)
-    linear, quadratic = counts.token_and_square(pack_tokens=64)
-    assert attention_cost(whole, linear=linear, quadratic=quadratic) == counts.step(lens, 44)
-    narrow = flop_counts(decoder("mistral", sliding_window=4))
-    linear, quadratic = narrow.token_and_square(pack_tokens=64)
-    above = attention_cost(whole, linear=linear, quadratic=quadratic) - narrow.step(lens, 44)
-    assert quadratic == 0 and above == 3 * 6 * narrow.pairs[4].total  # the first tokens see 3, 2 and 1 fewer
 
 
 def test_qwen3_1_7b_by_hand():

@@ -1,13 +1,17 @@
 """A policy rank trains any family of the decoder, and says how its experts were used."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 
 from posttrain import storage
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
+from posttrain.data.types import Pack
 from posttrain.model.losses.sft import SFTLoss
-from posttrain.workflow.policy import PolicyRank, Training
+from posttrain.workflow.policy import Costs, PolicyRank, Training
 from tiny_families import random_config, random_model
 
 
@@ -27,14 +31,22 @@ def rank_of(tmp_path, family: str) -> PolicyRank:
     uri = str(tmp_path / "model")
     rank = PolicyRank(rank=0, world_size=1, model_uri=uri, backend="posttrain", training=training, reference=False)
     rank.address()
-    token, square = rank.join("", 60.0)
-    assert token > 0 and square > 0
+    rank.costs = rank.join("", 60.0)
     return rank
 
 
+def packs_of(lengths: list[int], trained: int = 1000) -> list[Pack]:
+    """Packs of 64 tokens; of every document at most the last `trained` tokens carry loss."""
+    rng = np.random.default_rng(0)
+    units = []
+    for n in lengths:
+        mask = [0.0] * (n + 1 - min(n, trained)) + [1.0] * min(n, trained)
+        units.append((shift(rng.integers(1, 97, n + 1).tolist(), mask),))
+    return pack(units, pack_tokens=64)
+
+
 def steps_of(rank: PolicyRank) -> list[dict[str, float]]:
-    ids = np.random.default_rng(0).integers(1, 97, (4, 30))
-    packs = pack([(shift(row.tolist(), [1.0] * 30),) for row in ids], pack_tokens=64)
+    packs = packs_of([29] * 4)
     total = sum(each.loss_tokens for each in packs)
     return [rank.train_step(step, packs, SFTLoss(), total) for step in range(5)]
 
@@ -52,3 +64,23 @@ def test_a_dense_model_has_no_router_metrics(tmp_path):
     found = steps_of(rank_of(tmp_path, "gemma3_text"))
     assert found[-1]["loss"] < found[0]["loss"]
     assert not [name for name in found[-1] if name.startswith("router/")]
+
+
+def test_a_pack_costs_what_its_documents_and_its_loss_rows_cost(tmp_path):
+    costs = rank_of(tmp_path, "llama").costs
+    packs = packs_of([40, 9, 30, 7], trained=5)
+    assert sum(map(costs.of, packs)) == costs.counts.step([40, 9, 30, 7], 20)
+    assert costs.of(packs_of([60])[0]) > costs.of(packs_of([30, 30])[0]), "a pair of positions counts"
+
+
+def test_a_time_becomes_flops_a_second_and_a_share_only_where_the_peak_is_known(tmp_path):
+    costs = rank_of(tmp_path, "qwen3").costs
+    packs = packs_of([40, 9, 30, 7])
+    found = costs.metrics(packs, 0.5, ranks=2, pack_tokens=64)
+    assert list(found) == ["perf/tflops"], "the peak of a CPU is not known, and not guessed"
+    assert found["perf/tflops"] * 1e12 * 0.5 * 2 == pytest.approx(sum(map(costs.of, packs)))
+    known = replace(costs, peak=1e12).metrics(packs, 0.5, ranks=2, pack_tokens=64)
+    assert known["perf/mfu"] == pytest.approx(known["perf/tflops"])
+    assert known["perf/mfu_palm"] == pytest.approx(costs.counts.palm(86, 64) / 1e12)
+    unknown = Costs(counts=None, linear=2.0, quadratic=1.0, peak=1e12)
+    assert unknown.metrics(packs, 0.5, ranks=2, pack_tokens=64) == {} and unknown.of(packs_of([10])[0]) > 0
