@@ -99,15 +99,18 @@ class EngineRank:
 
 def tiny_engine(folder: str, ranks: Ranks) -> Engine:
     """An engine over the model in `folder` on the ranks' device, constant learning rate."""
-    model = load_decoder(folder, device=ranks.device)
-    optimizer = adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    return engine_over(load_decoder(folder, device=ranks.device), hf_tensors, ranks)
+
+
+def engine_over(model, named_weights, ranks: Ranks) -> Engine:
+    """An engine over any model that forward() takes, constant learning rate."""
     return Engine(
         model,
-        optimizer,
+        adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
         ranks=ranks,
         forward=forward,
         loss_sum=loss_sum,
-        named_weights=hf_tensors,
+        named_weights=named_weights,
         lr_scale=lambda step: 1.0,
         max_grad_norm=1.0,
     )

@@ -18,7 +18,7 @@ from posttrain.data.types import Batch
 from posttrain.errors import ModelError
 from posttrain.manifest import json_sha256
 from posttrain.model.export import copy_description, mend_dtype, write_tensors
-from posttrain.model.families import FAMILIES
+from posttrain.model.families import FAMILIES, parse_config
 from posttrain.model.forward import logits
 from posttrain.model.load import read_config
 from posttrain.model.tensor_file import open_tensor_files
@@ -232,9 +232,9 @@ def _hf_config(raw: Mapping[str, Any], *, where: str) -> Any:
             f"Fix: choose one that has, or upgrade transformers; defined by posttrain itself: {', '.join(FAMILIES)}"
         )
     try:
-        config = CONFIG_MAPPING[family].from_dict(dict(raw))
-    except Exception as error:  # transformers raises many kinds for a bad field, its validators' own among them
-        raise ModelError(f"{where}: config.json of {family} is not valid: {' '.join(str(error).split())}") from error
+        config = parse_config(raw)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
     if reason := _refused(config):
         raise ModelError(f"{where}: {family} {reason}. Fix: choose another architecture")
     return config

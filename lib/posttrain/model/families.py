@@ -102,7 +102,7 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
             f"model_type {family!r} is not defined here; defined: {', '.join(FAMILIES)}. "
             "Fix: set model.backend: transformers, which trains its own class with fewer optimisations"
         )
-    config = _parsed(family, hf)
+    config = parse_config(hf)
     _refuse_undefined(family, config)
     size = {
         "family": family,
@@ -204,10 +204,17 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
 """model_type -> the flags by which a family differs from Llama (transformers modeling_<family>)."""
 
 
-def _parsed(family: str, hf: Mapping[str, Any]) -> Any:
-    """The config as transformers' own class: defaults filled, old spellings of RoPE made new."""
+def parse_config(hf: Mapping[str, Any]) -> Any:
+    """A config.json as transformers' own class: defaults filled, old spellings of RoPE made new.
+
+    Raises:
+        ModelError: transformers does not know the model_type, or refuses the config.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    family = hf.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        raise ModelError(f"model_type {family!r} is unknown to transformers. Fix: a newer one, or mend config.json")
     try:
         return CONFIG_MAPPING[family].from_dict(dict(hf))
     except Exception as error:  # transformers raises many kinds for a bad field, its validators' own among them

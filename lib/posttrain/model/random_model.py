@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from posttrain.errors import ModelError
+from posttrain.model.families import parse_config
 
 LAYERS = 4
 KV_HEADS, HEADS = 2, 16
@@ -41,7 +41,7 @@ def small_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: transformers does not know the model_type, or refuses the config.
     """
-    config = _parsed(hf_config).to_dict()
+    config = parse_config(hf_config).to_dict()
     config = {key: value for key, value in config.items() if key not in _OF_THE_FILE and not key.startswith("_")}
     config |= {key: min(config[key], most) for key, most in SIZES.items() if config.get(key)}
     config |= {key: min(config[key], MLP) for key in config if key.endswith("intermediate_size") and config[key]}
@@ -64,7 +64,7 @@ def write_random_model(folder: str | Path, hf_config: Mapping[str, Any], *, seed
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = _parsed(hf_config)
+    config = parse_config(hf_config)
     with torch.random.fork_rng(devices=[]):  # the class draws too, from the process's generator
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -74,19 +74,6 @@ def write_random_model(folder: str | Path, hf_config: Mapping[str, Any], *, seed
             parameter.normal_(0.0, std, generator=generator).add_(start)
     model.save_pretrained(folder)
     return Path(folder)
-
-
-def _parsed(hf_config: Mapping[str, Any]) -> Any:
-    """The config as transformers' own class, missing fields filled and old spellings made new."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    family = hf_config.get("model_type")
-    if not isinstance(family, str) or family not in CONFIG_MAPPING:
-        raise ModelError(f"model_type {family!r} is unknown to transformers. Fix: a newer one, or mend config.json")
-    try:
-        return CONFIG_MAPPING[family].from_dict(dict(hf_config))
-    except Exception as error:  # transformers raises many kinds for a bad field, its validators' own among them
-        raise ModelError(f"config.json of {family} is not valid: {' '.join(str(error).split())}") from error
 
 
 def _layers(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,9 +84,9 @@ def agreement(folder: str | Path, *, seed: int = 0, num_docs: int = 6, gradients
     # transformers' embedding of the pad token takes no gradient, and real documents hold none.
     documents = random_documents(model, seed=seed, num_docs=num_docs, without=theirs.config.pad_token_id)
     inputs = [ids[:-1] for ids in documents]
-    upstream = _projections(model, inputs, seed=seed)
-    packed, ours = _ours(model, batch_of(documents), len(inputs), upstream if gradients else None)
-    expected, reference = _theirs(theirs, inputs, upstream if gradients else None)
+    upstream = _projections(model, inputs, seed=seed) if gradients else None
+    packed, ours = _ours(model, batch_of(documents), len(inputs), upstream)
+    expected, reference = _theirs(theirs, inputs, upstream)
     alone = [_ours(model, batch_of([ids]), 1, None)[0][0] for ids in documents]
     differences = [_worst(got, want) for got, want in zip(packed, expected, strict=True)]
     unpacked = [_worst(got, want) for got, want in zip(alone, expected, strict=True)]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain.compute.collective import MeetingPoint, Ranks
-from posttrain.compute.engine import Engine
+from actors import engine_over
+from posttrain.compute.collective import Ranks
 from posttrain.config import RunConfig
 from posttrain.data.batch import collate
 from posttrain.data.sample import shift
@@ -25,7 +25,6 @@ from posttrain.model.fallback import LOST, export_native, load_native, native_te
 from posttrain.model.forward import forward, logits, loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.losses.sft import SFTLoss
-from posttrain.model.optim import adamw
 from posttrain.model.verify import open_transformers
 from posttrain.model.weights import hf_tensors, to_hf
 from runs import metrics, prepared, small_config
@@ -67,18 +66,8 @@ def change_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def engine_over(model: Any, tensors: Any) -> Engine:
-    ranks = Ranks(rank=0, world_size=1, meeting=MeetingPoint("127.0.0.1"), timeout_s=60, device=torch.device("cpu"))
-    return Engine(
-        model,
-        adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
-        ranks=ranks,
-        forward=forward,
-        loss_sum=loss_sum,
-        named_weights=tensors,
-        lr_scale=lambda step: 1.0,
-        max_grad_norm=1.0,
-    )
+def one_rank() -> Ranks:
+    return Ranks(rank=0, world_size=1, meeting="", timeout_s=60, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +192,7 @@ def test_the_fallback_is_the_decoder_in_logits_loss_and_gradients(tmp_path):
 def test_the_engine_trains_the_fallback_as_it_trains_the_decoder(tmp_path):
     folder = tiny_model(tmp_path)
     ours, native = load_decoder(folder), load_native(folder)
-    engines = engine_over(ours, hf_tensors), engine_over(native, native_tensors)
+    engines = engine_over(ours, hf_tensors, one_rank()), engine_over(native, native_tensors, one_rank())
     for step in range(3):
         batches = [batch_of_five(vocab_size=ours.config.vocab_size, seed=10 * step + n) for n in range(2)]
         tokens = float(sum(batch.loss_mask.sum() for batch in batches))
