@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 4096
-"""Columns that a kernel's program holds at once."""
+STATS = {"BLOCK": 2048, "num_warps": 4}
+GRADIENT = {"BLOCK": 4096, "num_warps": 16}
+"""Columns that a kernel's program holds at once, and its warps: the fastest of a sweep on an H100 at V = 151,936."""
 
 
 def softmax_stats(logits: Tensor, *, vocab_size: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def softmax_stats(logits: Tensor, *, vocab_size: int, temperature: float) -> tup
         lse, entropy = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
         if len(logits):
             stats, _ = _kernels()
-            stats[(len(logits),)](logits, lse, entropy, logits.stride(0), vocab_size, 1 / temperature, BLOCK=BLOCK)
+            stats[(len(logits),)](logits, lse, entropy, logits.stride(0), vocab_size, 1 / temperature, **STATS)
         return lse, entropy
     scaled = _wide(logits[:, :vocab_size]) / temperature
     lse = scaled.logsumexp(-1)
@@ -53,7 +54,7 @@ def softmax_gradient_(
             _, gradient = _kernels()
             scale, width = (total / temperature).contiguous(), logits.shape[1]
             where = (logits.stride(0), vocab_size, width, 1 / temperature)
-            gradient[(len(logits),)](logits, lse, scale, *where, BLOCK=BLOCK)
+            gradient[(len(logits),)](logits, lse, scale, *where, **GRADIENT)
     else:
         shares = (_wide(logits[:, :vocab_size]) / temperature - lse[:, None]).exp_()
         logits[:, :vocab_size] = shares.mul_(-total[:, None] / temperature)
