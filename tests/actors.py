@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from posttrain.compute.collective import MeetingPoint, Ranks
-from posttrain.compute.engine import Engine
+from posttrain.compute.engine import Engine, ModelFunctions
 from posttrain.compute.generator.transformers import TransformersGenerator
+from posttrain.compute.master import Masters
 from posttrain.data.batch import collate
 from posttrain.data.types import Pack
 from posttrain.errors import DataError
@@ -97,20 +98,23 @@ class EngineRank:
         return [p.detach().numpy().copy() for p in self.engine.model.parameters()]
 
 
-def tiny_engine(folder: str, ranks: Ranks) -> Engine:
+def tiny_engine(folder: str, ranks: Ranks, *, precision: str = "float32") -> Engine:
     """An engine over the model in `folder` on the ranks' device, constant learning rate."""
-    return engine_over(load_decoder(folder, device=ranks.device), hf_tensors, ranks)
+    dtype = torch.bfloat16 if precision == "bfloat16_stochastic" else torch.float32
+    return engine_over(load_decoder(folder, device=ranks.device, dtype=dtype), hf_tensors, ranks, precision=precision)
 
 
-def engine_over(model, named_weights, ranks: Ranks) -> Engine:
+def engine_over(model, named_weights, ranks: Ranks, *, precision: str = "float32") -> Engine:
     """An engine over any model that forward() takes, constant learning rate."""
+    masters = Masters(model) if precision == "bfloat16" else None
+    stochastic = precision == "bfloat16_stochastic"
+    trained = model.parameters() if masters is None else masters
     return Engine(
         model,
-        adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
+        adamw(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, stochastic=stochastic),
         ranks=ranks,
-        forward=forward,
-        loss_sum=loss_sum,
-        named_weights=named_weights,
+        functions=ModelFunctions(forward=forward, loss_sum=loss_sum, named_weights=named_weights),
         lr_scale=lambda step: 1.0,
         max_grad_norm=1.0,
+        masters=masters,
     )

@@ -103,6 +103,14 @@ class Optim(Section):
     """On matrices only."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    precision: Literal["auto", "float32", "bfloat16", "bfloat16_stochastic"] = "auto"
+    """bfloat16 computes in it beside float32 master weights; bfloat16_stochastic keeps weights and moments in it too,
+    rounded by chance, in less than half the memory; auto is bfloat16 on GPUs and float32 on CPUs."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward makes again to save memory: nothing, about half of a block, or all but a block's input (a
+    third more work)."""
+    deterministic: bool = False
+    """The same bits from the same step on the same kind of GPU, slower; a CPU gives them anyway."""
 
 
 class Rollout(Section):

@@ -214,14 +214,14 @@ def test_a_config_survives_the_trip_through_plain_data():
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_there_are_fewer_than_sixty_keys():
+def test_a_recipe_is_written_with_fewer_than_eighty_keys():
     def keys(section):
         for field in section.model_fields.values():
             options = [field.annotation, *getattr(field.annotation, "__args__", ())]
             below = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
             yield from keys(below[0]) if below else [field]
 
-    assert 20 < len(list(keys(RunConfig))) < 60
+    assert 20 < len(list(keys(RunConfig))) < 80
 
 
 def test_reading_a_config_imports_nothing_heavy():

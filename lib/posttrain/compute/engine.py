@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from posttrain.compute.collective import Ranks
+from posttrain.compute.master import Masters
 from posttrain.data.types import Batch
 from posttrain.errors import ComputeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFunctions:
+    """What an engine asks of the models that it trains."""
+
+    forward: Callable[..., Any]
+    """(model, batch, temperature=) -> Output."""
+    loss_sum: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    """(model, batch, loss_fn, scale=) -> scaled loss sum with gradient, and metric sums, "loss" among them."""
+    named_weights: Callable[[Any], Iterable[tuple[str, Tensor]]]
+    """(model) -> tensors under Hugging Face names."""
 
 
 class Engine:
@@ -27,24 +41,20 @@ class Engine:
         optimizer: Optimizer,
         *,
         ranks: Ranks,
-        forward: Callable[..., Any],
-        loss_sum: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-        named_weights: Callable[[Any], Iterable[tuple[str, Tensor]]],
+        functions: ModelFunctions,
         lr_scale: Callable[[int], float],
         max_grad_norm: float,
+        masters: Masters | None = None,
     ):
         """
         Args:
-            forward: (model, batch, temperature=) -> Output.
-            loss_sum: (model, batch, loss_fn, scale=) -> scaled loss sum with gradient, and metric sums, "loss" among
-                them.
-            named_weights: (model) -> tensors under Hugging Face names.
+            optimizer: over the model's parameters, or over `masters` where those are given.
             lr_scale: (step) -> factor on the optimizer's initial learning rates.
         """
         self.model, self.optimizer, self.ranks = model, optimizer, ranks
-        self._forward, self._loss_sum = forward, loss_sum
-        self._named_weights, self._lr_scale = named_weights, lr_scale
-        self.max_grad_norm = max_grad_norm
+        self._functions, self._lr_scale = functions, lr_scale
+        self.max_grad_norm, self._masters = max_grad_norm, masters
+        self._stepped_on = [p for group in optimizer.param_groups for p in group["params"]]
         self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
     def train_step(self, step: int, batches: Sequence[Batch], loss_fn: Any, *, denominator: float) -> dict[str, float]:
@@ -61,12 +71,12 @@ class Engine:
         start = time.perf_counter()
         sums: dict[str, Tensor] = {}
         for batch in batches:
-            loss, metrics = self._loss_sum(self.model, batch, loss_fn, scale=1 / denominator)
+            loss, metrics = self._functions.loss_sum(self.model, batch, loss_fn, scale=1 / denominator)
             loss.backward()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
-        self.ranks.sum_gradients(self.model.parameters())
-        total = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.ranks.sum_gradients(self._stepped_on)
+        total = nn.utils.clip_grad_norm_(self._stepped_on, self.max_grad_norm)
         # The one place of a step where the host waits for the device.
         norm, *read = torch.stack([total.double(), *sums.values()]).tolist()
         forward_backward = time.perf_counter()
@@ -78,6 +88,8 @@ class Engine:
             group["lr"] = peak * self._lr_scale(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._masters is not None:
+            self._masters.publish()
         done = time.perf_counter()
         return means | {
             "grad_norm": norm,
@@ -89,24 +101,25 @@ class Engine:
     @torch.no_grad()
     def logprobs(self, batch: Batch, *, temperature: float) -> Tensor:
         """[N] float32, nats: log p of the targets that carry loss, without gradient."""
-        return self._forward(self.model, batch, temperature=temperature).logprobs
+        return self._functions.forward(self.model, batch, temperature=temperature).logprobs
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Current weights under Hugging Face names, one at a time."""
-        yield from self._named_weights(self.model)
+        yield from self._functions.named_weights(self.model)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run must hold, as flat named tensors: parameters and optimizer moments."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._held():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore state(); names and shapes must be those of this engine."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._held():
             parameter.copy_(tensors[f"model.{name}"])
             prefix = f"optimizer.{name}."
             self.optimizer.state[parameter] = {
@@ -114,6 +127,13 @@ class Engine:
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
+        if self._masters is not None:
+            self._masters.publish()
+
+    def _held(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter in the precision that it is trained in, under its name in the model."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter if self._masters is None else self._masters.of(parameter)
 
     def _global_means(self, sums: dict[str, float], denominator: float) -> dict[str, float]:
         """Metric sums over all ranks, divided by the global count. An empty rank adds zeros."""

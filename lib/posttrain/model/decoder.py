@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from posttrain.data.types import Batch
 from posttrain.model.attention import Attention, Layout, default_backend
@@ -9,6 +10,7 @@ from posttrain.model.families import DecoderConfig
 from posttrain.model.heads import make_head
 from posttrain.model.layers import MLP, Embedding, Linear, RMSNorm
 from posttrain.model.moe import MoE
+from posttrain.model.recompute import run_block
 from posttrain.model.rope import Rope, rope_tables
 
 
@@ -63,7 +65,7 @@ class Decoder(nn.Module):
         self.heads = nn.ModuleDict(
             {name: make_head(spec, config.hidden_size, name=name) for name, spec in config.heads.items()}
         )
-        self._compiled = False
+        self._compiled, self._recompute = False, "none"
         self._frequencies: dict[tuple[Rope, torch.device], Tensor] = {}
         self.tie()
 
@@ -80,9 +82,16 @@ class Decoder(nn.Module):
             buffer.zero_()
         return self
 
+    def checkpoint_activations(self, mode: str) -> None:
+        """Keep less for the backward, by a mode of recompute.MODES; before compile_blocks()."""
+        self._recompute = mode
+
     def compile_blocks(self) -> None:
         """Compile every block by itself: one graph serves all layers of a kind, and a step's shapes never change it."""
         self._compiled = True
+        if self._recompute == "selective":
+            functorch_config.activation_memory_budget = 0.5
+            self._recompute = "none"  # the compiler does it
         for layer in self.layers:
             layer.compile(fullgraph=True, dynamic=False)
 
@@ -97,7 +106,7 @@ class Decoder(nn.Module):
         tables = {rope: self._tables(rope, batch.position_ids) for rope in set(config.ropes)}
         x = self.embedding(batch.input_ids)
         for layer, rope in zip(self.layers, config.ropes, strict=True):
-            x = layer(x, *tables[rope], layout)
+            x = run_block(layer, x, *tables[rope], layout, mode=self._recompute)
         return self.norm(x)
 
     def _tables(self, rope: Rope, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from posttrain import storage
 from posttrain.compute.checkpoint import Checkpoints, read_tensors
 from posttrain.compute.collective import MeetingPoint, Ranks
-from posttrain.compute.engine import Engine
+from posttrain.compute.device import set_up_device
+from posttrain.compute.engine import Engine, ModelFunctions
+from posttrain.compute.master import Masters
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import ActorGroup, node_address
 from posttrain.data.batch import collate
@@ -40,6 +42,13 @@ class Training:
     weight_decay: float
     max_grad_norm: float
     pack_tokens: int
+    precision: str = "auto"
+    """float32; bfloat16: that of the model's computing, beside float32 masters (compute/master.py);
+    bfloat16_stochastic: of all (StochasticAdamW); auto: bfloat16 on a GPU, float32 on a CPU."""
+    activation_checkpointing: str = "none"
+    """A mode of model/recompute.py."""
+    deterministic: bool = False
+    """See compute/device.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +96,10 @@ class PolicyRank:
         self.rank, self.world_size = rank, world_size
         self.model_uri, self.training, self.has_reference = model_uri, training, reference
         self.backend = backend_of(backend)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = set_up_device(deterministic=training.deterministic)
+        self.precision = training.precision
+        if self.precision == "auto":
+            self.precision = "bfloat16" if self.device.type == "cuda" else "float32"
 
     def address(self) -> str:
         """host:port on this rank's machine where rank 0 waits for the others."""
@@ -105,11 +117,19 @@ class PolicyRank:
             device=self.device,
         )
         self.folder = storage.fetch(self.model_uri)
-        model = self.backend.load(self.folder, device=self.device)
+        stochastic, narrow = self.precision == "bfloat16_stochastic", self.precision != "float32"
+        model = self._load(torch.bfloat16 if stochastic else torch.float32)
+        masters = Masters(model) if self.precision == "bfloat16" else None
         self.reference: nn.Module | None = None
         if self.has_reference:
-            self.reference = self.backend.load(self.folder, device=self.device).requires_grad_(False)
-        optimizer = adamw(model, lr=training.lr, betas=training.betas, weight_decay=training.weight_decay)
+            self.reference = self._load(torch.bfloat16 if narrow else torch.float32).requires_grad_(False)
+        optimizer = adamw(
+            model.parameters() if masters is None else masters,
+            lr=training.lr,
+            betas=training.betas,
+            weight_decay=training.weight_decay,
+            stochastic=stochastic,
+        )
         scale = partial(
             lr_scale,
             schedule=training.schedule,
@@ -120,11 +140,10 @@ class PolicyRank:
             model,
             optimizer,
             ranks=ranks,
-            forward=forward,
-            loss_sum=loss_sum,
-            named_weights=self.backend.tensors,
+            functions=ModelFunctions(forward=forward, loss_sum=loss_sum, named_weights=self.backend.tensors),
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
+            masters=masters,
         )
         return Costs(
             counts=flop_counts(model) if isinstance(model, Decoder) else None,
@@ -133,6 +152,15 @@ class PolicyRank:
             quadratic=model.config.attention_width,
             peak=peak_flops(torch.cuda.get_device_name()) if self.device.type == "cuda" else None,
         )
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        """The model of the run's folder on this rank's device, its blocks compiled where that pays."""
+        model = self.backend.load(self.folder, device=self.device, dtype=dtype)
+        if isinstance(model, Decoder):
+            model.checkpoint_activations(self.training.activation_checkpointing)
+            if self.device.type == "cuda":
+                model.compile_blocks()
+        return model
 
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; global metrics, and how experts were used."""
