@@ -8,8 +8,10 @@ from posttrain import storage
 from posttrain.compute.checkpoint import Checkpoints
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.config import RunConfig
+from posttrain.data.advantage import advantages_of
 from posttrain.manifest import json_sha256
-from posttrain.model.losses.grpo import GRPOLoss
+from posttrain.model.losses import Loss
+from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, TruncatedLoss
 from posttrain.workflow.controller import Controller, Plan
 from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger_file import LedgerFile
@@ -62,7 +64,8 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
             num_steps=optim.num_steps,
             prompts_per_step=config.rollout.prompts_per_step,
             group_size=method.group_size,
-            normalize_std=method.normalize_std,
+            advantages=advantages_of(method.advantage),
+            weigh_by_sequence=method.weigh == "sequence",
             pack_tokens=config.data.pack_tokens,
             eval_every=config.eval.every_steps,
             checkpoint_every=config.checkpoint.every_steps,
@@ -71,11 +74,7 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
         policy=policy,
         maker=parts.maker,
         evaluator=Evaluator(parts.maker, parts.held_out),
-        loss=GRPOLoss(
-            temperature=config.rollout.temperature,
-            importance_cap=method.importance_cap,
-            kl_coef=method.kl_coef or 0.0,
-        ),
+        loss=_loss(config),
         checkpoints=_checkpoints(config, root, model_uri, tokens_uri),
         ledger_file=LedgerFile(storage.join(root, "ledger", "grpo.jsonl")),
         observers=seen,
@@ -90,6 +89,24 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
         "reward_last": round(seen.history[-1]["reward/mean"], 4),
         "ledger": controller.ledger.state(),
     }
+
+
+def _loss(config: RunConfig) -> Loss:
+    method = config.method
+    shared: dict[str, Any] = {
+        "temperature": config.rollout.temperature,
+        "kl_coef": method.kl_coef or 0.0,
+        "kl_estimator": method.kl_estimator,
+    }
+    if method.clip is not None:
+        shared |= {"low": method.clip[0], "high": method.clip[1]}
+    match method.loss:
+        case "truncated":
+            return TruncatedLoss(importance_cap=method.importance_cap, **shared)
+        case "clipped":
+            return ClippedLoss(**shared)
+        case "sequence":
+            return SequenceLoss(**shared)
 
 
 def _checkpoints(config: RunConfig, root: str, model_uri: str, tokens_uri: str) -> Checkpoints:

@@ -9,7 +9,7 @@ from posttrain.config import RunConfig
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
-from posttrain.workflow.rollouts import Prompts, RewardPool, RolloutMaker, Sampling
+from posttrain.workflow.rollouts import Prompts, RewardPool, RolloutMaker, Sampling, Shaping
 from steps.hardware import Hardware
 
 
@@ -43,6 +43,7 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
             timeout_s=config.rollout.timeout_s,
         ),
         max_reward_failures=config.reward.max_failures,
+        shaping=Shaping(overlong_tokens=config.method.overlong_tokens, replace_silent=config.method.replace_silent),
     )
     folder = storage.fetch(tokens_uri)
     sets = {n: Prompts(*read_prompts(folder / f"{n}.parquet"), seed=config.seed) for n in ("prompts", "held_out")}

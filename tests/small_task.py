@@ -24,6 +24,14 @@ def reward(row: Row, completion: str) -> float:
     return sum(completion.encode()) % 7 / 6
 
 
+def constant(row: Row, completion: str) -> float:
+    return 1.0
+
+
+def varies_for_half_of_the_prompts(row: Row, completion: str) -> float:
+    return reward(row, completion) if len(row["answer"]) % 2 else 0.5
+
+
 def one_prompt_raises(row: Row, completion: str) -> float:
     if row == prompts(0)[0]:
         raise KeyError("no such field")

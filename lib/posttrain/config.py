@@ -71,18 +71,38 @@ class Warmup(Section):
 
 
 class GRPO(Section):
-    """Group-relative policy optimisation (arXiv:2402.03300)."""
+    """On-policy policy gradient over groups of completions; docs/rl.md names the published methods by their keys."""
 
     name: Literal["grpo"] = "grpo"
     """The recipe."""
     group_size: int = Field(default=8, ge=2)
     """Completions sampled for each prompt; the group is its own baseline, so 1 has no signal."""
-    normalize_std: bool = False
-    """Divide advantages by the group's standard deviation; off is Dr. GRPO (arXiv:2503.20783)."""
+    advantage: Literal["centered", "normalized", "leave_one_out", "batch_normalized"] = "centered"
+    """Reward less the group's mean; over the group's standard deviation; less the mean of the others; or over the
+    standard deviation of the whole step."""
+    loss: Literal["truncated", "clipped", "sequence"] = "truncated"
+    """What a token does that is less likely under the trainer than under the sampler, or likelier: keep its gradient
+    at a bounded weight; give none beyond `clip`; or the same with one ratio a completion."""
     importance_cap: float = Field(default=2.0, ge=1)
-    """Upper bound of the trainer/sampler probability ratio of a token."""
+    """truncated: upper bound of a token's trainer/sampler probability ratio."""
+    clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] | None = None
+    """clipped, sequence: how far below and above 1 a ratio may be; null is 0.2 and 0.2, or 0.0003 and 0.0004."""
+    weigh: Literal["token", "sequence"] = "token"
+    """Every trained token counts the same, or every completion."""
     kl_coef: float | None = Field(default=None, ge=0)
     """Weight of KL(policy || start) in the loss; 0 only measures it, null keeps no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of that KL, from the sampled tokens."""
+    overlong_tokens: int | None = Field(default=None, ge=1)
+    """The last so many of rollout.max_new_tokens cost reward, in a line down to -1."""
+    replace_silent: bool = False
+    """Sample other prompts in place of those whose completions all got the same reward."""
+
+    @model_validator(mode="after")
+    def clips_what_it_clips(self):
+        if self.clip is not None and self.loss == "truncated":
+            raise ValueError("clip does nothing with loss = truncated; set loss to clipped or sequence")
+        return self
 
 
 class Optim(Section):
@@ -202,13 +222,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def fits_together(self):
-        problems = []
-        need = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        if need > self.data.pack_tokens:
-            problems.append(
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {need} exceeds data.pack_tokens = "
-                f"{self.data.pack_tokens}: a rollout must fit in a pack"
-            )
+        problems = [*self._rollout_problems(), *self._hardware_problems()]
         if self.warmup and not self.data.sources:
             problems.append("warmup needs data.sources; name one, or set warmup: null")
         if self.data.sources and not any(source.schedule[0][1] for source in self.data.sources):
@@ -218,11 +232,32 @@ class RunConfig(Section):
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves none of optim.num_steps = "
                 f"{self.optim.num_steps} for the {self.optim.schedule} decay"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _rollout_problems(self) -> list[str]:
+        problems = []
+        need = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if need > self.data.pack_tokens:
+            problems.append(
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {need} exceeds data.pack_tokens = "
+                f"{self.data.pack_tokens}: a rollout must fit in a pack"
+            )
+        if (self.method.overlong_tokens or 0) > self.rollout.max_new_tokens:
+            problems.append(
+                f"method.overlong_tokens = {self.method.overlong_tokens} is more than rollout.max_new_tokens = "
+                f"{self.rollout.max_new_tokens}"
+            )
         if self.rollout.prompts_per_step % self.parallel.data:
             problems.append(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not divisible by parallel.data = "
                 f"{self.parallel.data}; choose a multiple, so that the ranks share a step evenly"
             )
+        return problems
+
+    def _hardware_problems(self) -> list[str]:
+        problems = []
         gpus = self.parallel.nodes * self.parallel.gpus_per_node
         if gpus and self.parallel.data > gpus:
             problems.append(f"parallel.data = {self.parallel.data} ranks need as many GPUs; the run asks for {gpus}")
@@ -233,6 +268,4 @@ class RunConfig(Section):
             )
         if self.parallel.backend == "batch" and not self.parallel.queue:
             problems.append("parallel.backend = batch needs parallel.queue")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+        return problems

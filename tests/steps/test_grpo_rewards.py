@@ -1,5 +1,6 @@
 """A reward that fails is never a reward of zero: its group is dropped, counted, replaced, and the budget holds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,26 @@ def test_a_failing_held_out_row_is_left_out_of_the_evaluation_only(tmp_path: Pat
 def test_a_reward_that_keeps_failing_stops_the_run_past_its_budget(tmp_path: Path, function: str, message: str):
     with pytest.raises(RewardError, match=rf"3 groups dropped .* reward.max_failures is 2; the last: .*{message}"):
         run(tmp_path, function, **{"reward.max_failures": 2, "reward.timeout_s": 1})
+
+
+def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
+    result = run(tmp_path, "varies_for_half_of_the_prompts", **{"method.replace_silent": True})
+    ledger = result["ledger"]
+    assert ledger["trained"] == 2 * 4, "every trained step is whole"
+    assert ledger["dropped"]["no_signal"] > 0
+    assert ledger["drawn"] == ledger["trained"] + ledger["dropped"]["no_signal"]
+
+
+@pytest.mark.slow
+def test_a_reward_that_never_varies_stops_a_run_that_waits_for_signal(tmp_path: Path):
+    with pytest.raises(RewardError, match=r"10 rounds of sampling in a row, .* too easy, too hard, or the reward"):
+        run(tmp_path, "constant", **{"method.replace_silent": True})
+
+
+@pytest.mark.slow
+def test_the_cost_of_length_is_a_part_of_the_reward_in_training_only(tmp_path: Path):
+    config = {"method.overlong_tokens": 4, "rollout.max_new_tokens": 4, "optim.num_steps": 1}
+    (step,) = map(json.loads, Path(run(tmp_path, "constant", **config)["metrics"]).read_text().splitlines())
+    assert -1 <= step["reward/overlong"] < 0
+    assert step["reward/mean"] == pytest.approx(1 + step["reward/overlong"])
+    assert step["eval/reward"] == 1.0

@@ -14,17 +14,23 @@ def request_seed(run_seed: int, uid: int, sample_index: int, attempt: int) -> in
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
 
-def group_units(group: Sequence[Rollout], advantages: Sequence[float]) -> list[Unit]:
-    """One Unit per rollout: the completion carries loss, its advantage stands on every token of it."""
+def group_units(group: Sequence[Rollout], advantages: Sequence[float], *, by_sequence: bool = False) -> list[Unit]:
+    """One Unit per rollout: the completion carries loss, its advantage stands on every token of it.
+
+    Args:
+        by_sequence: every completion weighs 1 in all, as GRPO averages (arXiv:2402.03300, eq. 3), instead of every
+            token, as DAPO does (arXiv:2503.14476, eq. 10).
+    """
     units = []
     for rollout, advantage in zip(group, advantages, strict=True):
         prompt, completion = rollout.prompt.token_ids, rollout.token_ids
         silent, trained = [0.0] * len(prompt), len(completion)
+        weight = 1.0 / trained if by_sequence else 1.0
         units.append(
             (
                 shift(
                     prompt + completion,
-                    silent + [1.0] * trained,
+                    silent + [weight] * trained,
                     sampler_logprobs=silent + list(rollout.logprobs),
                     advantages=silent + [advantage] * trained,
                 ),

@@ -10,7 +10,7 @@ from statistics import fmean, pstdev
 
 from posttrain import faults
 from posttrain.compute.checkpoint import Checkpoints
-from posttrain.data.advantage import group_advantages
+from posttrain.data.advantage import Advantages
 from posttrain.data.pack import fill, pack
 from posttrain.data.rollout import group_units
 from posttrain.data.types import Unit
@@ -32,7 +32,8 @@ class Plan:
     num_steps: int
     prompts_per_step: int
     group_size: int
-    normalize_std: bool
+    advantages: Advantages
+    weigh_by_sequence: bool
     pack_tokens: int
     eval_every: int
     checkpoint_every: int | None
@@ -102,10 +103,11 @@ class Controller:
 
     async def _train(self, step: int, groups: list[Group]) -> Metrics:
         units: list[Unit] = []
-        for group in groups:
-            rewards = [rollout.reward for rollout in group if rollout.reward is not None]
-            assert len(rewards) == self.plan.group_size, f"group of prompt {group[0].prompt.uid} is not fully scored"
-            units += group_units(group, group_advantages(rewards, normalize_std=self.plan.normalize_std))
+        rewards = [[rollout.reward for rollout in group if rollout.reward is not None] for group in groups]
+        for group, found in zip(groups, rewards, strict=True):
+            assert len(found) == self.plan.group_size, f"group of prompt {group[0].prompt.uid} is not fully scored"
+        for group, advantages in zip(groups, self.plan.advantages(rewards), strict=True):
+            units += group_units(group, advantages, by_sequence=self.plan.weigh_by_sequence)
         packs = pack(units, pack_tokens=self.plan.pack_tokens)
         faults.point("controller.before_train")
         trained = await self.policy.train_step(step, packs, self.loss)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from posttrain.compute.generator import Completion, Request
 from posttrain.compute.workers import ActorGroup
+from posttrain.data.advantage import overlong_penalty
 from posttrain.data.order import draw
 from posttrain.data.reward import RewardWorker
 from posttrain.data.rollout import request_seed
@@ -14,6 +15,9 @@ from posttrain.workflow.clock import Clock
 from posttrain.workflow.ledger import Ledger
 
 Group = list[Rollout]
+
+MAX_SILENT_ROUNDS = 10
+"""Rounds of sampling in a row that may give no group with a signal; a task too easy or too hard stops the run."""
 
 START_SECONDS = 120
 """For a reward process to start and import its function."""
@@ -45,6 +49,17 @@ class Sampling:
     temperature: float
     max_new_tokens: int
     timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shaping:
+    """What training does with scored groups before it takes them; evaluation does none of it."""
+
+    overlong_tokens: int | None = None
+    """The last so many of max_new_tokens cost reward (advantage.overlong_penalty)."""
+    replace_silent: bool = False
+    """Drop groups whose rewards are all equal, as they teach nothing, and draw others: dynamic sampling, DAPO,
+    arXiv:2503.14476, eq. 11."""
 
 
 class RewardPool:
@@ -96,9 +111,10 @@ class RolloutMaker:
         decode: Callable[[Sequence[int]], str],
         sampling: Sampling,
         max_reward_failures: int,
+        shaping: Shaping = Shaping(),
     ):
         self.generators, self.rewards, self.decode = generators, rewards, decode
-        self.sampling, self.max_reward_failures = sampling, max_reward_failures
+        self.sampling, self.max_reward_failures, self.shaping = sampling, max_reward_failures, shaping
 
     async def collect(
         self, prompts: Prompts, ledger: Ledger, clock: Clock, *, groups: int, group_size: int
@@ -106,16 +122,38 @@ class RolloutMaker:
         """`groups` scored groups, in draw order; seconds go to the phases "generate" and "reward".
 
         Raises:
-            RewardError: more groups failed than the budget allows; names the last cause.
+            RewardError: more groups failed than the budget allows, which names the last cause; or no group had
+                different rewards in MAX_SILENT_ROUNDS rounds, where those are replaced.
         """
         scored: list[Group] = []
+        silent_rounds = 0
         while len(scored) < groups:
             admitted = [prompts[ledger.draw()] for _ in range(groups - len(scored))]
             with clock.phase("generate"):
                 made = await self.sample(admitted, samples=group_size, temperature=self.sampling.temperature)
             with clock.phase("reward"):
-                scored += await self.score(made, ledger)
+                found = self._shaped(await self.score(made, ledger), ledger)
+            scored += found
+            silent_rounds = 0 if found else silent_rounds + 1
+            if silent_rounds == MAX_SILENT_ROUNDS and self.shaping.replace_silent:
+                raise RewardError(
+                    f"method.replace_silent: {MAX_SILENT_ROUNDS} rounds of sampling in a row, the last of "
+                    f"{len(admitted)} prompts, gave no group with different rewards: the task is too easy, too hard, "
+                    "or the reward does not vary. Fix: other prompts, a larger method.group_size, or replace_silent off"
+                )
         return scored
+
+    def _shaped(self, groups: list[Group], ledger: Ledger) -> list[Group]:
+        """The groups with the cost of their length, without those that teach nothing."""
+        buffer, longest = self.shaping.overlong_tokens, self.sampling.max_new_tokens
+        if buffer is not None:
+            groups = [[_with_length_cost(r, max_tokens=longest, buffer=buffer) for r in group] for group in groups]
+        if not self.shaping.replace_silent:
+            return groups
+        kept = [group for group in groups if len({rollout.reward for rollout in group}) > 1]
+        for _ in range(len(groups) - len(kept)):
+            ledger.drop("no_signal")
+        return kept
 
     async def sample(self, prompts: Sequence[Prompt], *, samples: int, temperature: float) -> list[Group]:
         """Unscored groups of `samples` completions a prompt, spread over the generators by prompt."""
@@ -170,3 +208,9 @@ class RolloutMaker:
             finish_reason=completion.finish_reason,
             text=self.decode(completion.token_ids),
         )
+
+
+def _with_length_cost(rollout: Rollout, *, max_tokens: int, buffer: int) -> Rollout:
+    assert rollout.reward is not None, "only scored rollouts are shaped"
+    cost = overlong_penalty(len(rollout.token_ids), max_tokens=max_tokens, buffer=buffer)
+    return replace(rollout, reward=rollout.reward + cost, parts=rollout.parts | {"overlong": cost})

@@ -64,6 +64,12 @@ def test_a_group_worked_out_by_hand():
     assert short.advantages.tolist() == [0, -0.75]
 
 
+def test_a_completion_may_weigh_one_in_all():
+    group = [rollout(0, (9, 2), (-0.5, -0.25)), rollout(1, (2,), (-1.5,))]
+    (long,), (short,) = group_units(group, [0.75, -0.75], by_sequence=True)
+    assert long.loss_mask.tolist() == [0, 0.5, 0.5] and short.loss_mask.tolist() == [0, 1]
+
+
 def test_every_rollout_needs_its_advantage():
     with pytest.raises(ValueError, match="shorter"):
         group_units([rollout(0, (9, 2), (-0.5, -0.25)), rollout(1, (2,), (-1.5,))], [0.75])

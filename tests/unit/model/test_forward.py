@@ -11,7 +11,7 @@ from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.model.forward import Output, forward, loss_sum
 from posttrain.model.load import load_decoder
-from posttrain.model.losses.grpo import GRPOLoss
+from posttrain.model.losses.policy_gradient import TruncatedLoss
 from posttrain.model.losses.sft import SFTLoss
 from tiny import tiny_model
 
@@ -22,12 +22,12 @@ def test_sft_loss_is_the_weighted_negative_logprob():
     assert loss.item() == pytest.approx(1.0 * 1 + 0.5 * 2 + 2.0 * 4)
 
 
-def test_grpo_loss_and_gradient_equal_the_formula():
+def test_truncated_loss_and_gradient_equal_the_formula():
     rng = np.random.default_rng(0)
     logprobs = torch.tensor(rng.normal(-1, 0.5, 12), requires_grad=True)
     sampler, ref = torch.tensor(rng.normal(-1, 0.5, 12)), torch.tensor(rng.normal(-1, 0.5, 12))
     advantages, mask = torch.tensor(rng.normal(size=12)), torch.tensor(rng.choice([0.5, 1.0], 12))
-    loss_fn = GRPOLoss(temperature=1.0, importance_cap=1.2, kl_coef=0.3)
+    loss_fn = TruncatedLoss(temperature=1.0, importance_cap=1.2, kl_coef=0.3)
     batch = loss_batch(mask, sampler_logprobs=sampler, advantages=advantages, ref_logprobs=ref)
     loss, metrics = loss_fn(Output(logprobs=logprobs, entropy=torch.ones(12)), batch)
     (gradient,) = torch.autograd.grad(loss, logprobs)
@@ -61,7 +61,7 @@ def test_packing_and_accumulation_do_not_change_the_gradient(tmp_path, kind: str
                 "advantages": [0.0] * prompt + [float(rng.normal())] * trained,
             }
         units.append((shift(ids, [0.0] * prompt + [1.0] * trained, **columns),))
-    loss_fn = SFTLoss() if kind == "sft" else GRPOLoss(temperature=1.0)
+    loss_fn = SFTLoss() if kind == "sft" else TruncatedLoss(temperature=1.0)
 
     def gradient(pack_tokens: int, alone: bool) -> Tensor:
         model = load_decoder(folder)

@@ -24,7 +24,7 @@ from posttrain.data.batch import collate
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
 from posttrain.model.losses.dpo import DPOLoss
-from posttrain.model.losses.grpo import GRPOLoss
+from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, TruncatedLoss
 from posttrain.model.losses.reward import BradleyTerryLoss
 from posttrain.model.output import Output
 
@@ -211,22 +211,20 @@ def test_bradley_terry_equals_the_trainer_of_trl(tmp_path, with_margin: bool, ce
     assert metrics["margin"].item() / 3 == pytest.approx(trainer._metrics["train"]["margin"][0], abs=1e-5)
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
-def test_grpo_equals_the_trainer_of_trl(tmp_path, kl_coef: float, corrected: bool, loss_type: str):
-    model = model_of(Qwen3ForCausalLM, 0)
-    trainer = GRPOTrainer(
+def grpo_trainer(model: Any, folder: Any, **settings: Any) -> Any:
+    """TRL's trainer over six completions of seven tokens at most, its reference and sampler set by hand."""
+    kl_coef = settings.pop("kl_coef", 0.0)
+    trainer: Any = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
-            output_dir=str(tmp_path),
-            loss_type=loss_type,
+            output_dir=str(folder),
             beta=0.0,
             max_completion_length=7,
             per_device_train_batch_size=6,
             num_generations=6,
             use_bias_correction_kl=False,  # ours is the k3 estimate of GRPO's eq. 4, differentiated as it stands
+            **settings,
             **QUIET,
         ),
         train_dataset=Dataset.from_list([{"prompt": "w5 w6"}] * 6),
@@ -234,42 +232,95 @@ def test_grpo_equals_the_trainer_of_trl(tmp_path, kl_coef: float, corrected: boo
     )
     trainer.beta = kl_coef  # set late: the constructor would look for a reference model by name
     trainer.current_gradient_accumulation_steps = 1
-    documents = documents_of(PAIRS)
-    tokens = sum(len(c) for _, c in documents)
-    ours_first = logprobs_of(model, documents)
-    generator = torch.manual_seed(0)
-    sampler = ours_first.detach() + (0.8 * torch.randn(tokens, generator=generator) if corrected else 0.0)
-    reference = ours_first.detach() + 0.5 * torch.randn(tokens, generator=generator)
-    advantages = torch.randn(len(documents), generator=generator)
-    lengths = [len(c) for _, c in documents]
+    return trainer
 
-    def by_row(column: Tensor) -> Tensor:
-        return nn.utils.rnn.pad_sequence(list(column.split(lengths)), batch_first=True)
 
-    inputs = {
-        "prompt_ids": padded([p for p, _ in documents], 60, left=True),
-        "prompt_mask": padded([[1] * len(p) for p, _ in documents], 0, left=True),
-        "completion_ids": padded([c for _, c in documents], 60),
-        "completion_mask": padded([[1] * len(c) for _, c in documents], 0),
-        "advantages": advantages,
-        "num_items_in_batch": torch.tensor(float(tokens)),
-        "ref_per_token_logps": by_row(reference),
-    }
+class Rollouts:
+    """Six completions with logprobs of a trainer, a sampler and a reference that differ by parts of a nat."""
+
+    def __init__(self, model: Any, spread: float):
+        self.documents = documents_of(PAIRS)
+        self.lengths = [len(c) for _, c in self.documents]
+        self.tokens = sum(self.lengths)
+        self.ours = logprobs_of(model, self.documents)
+        generator = torch.manual_seed(0)
+        self.sampler = self.ours.detach() + spread * torch.randn(self.tokens, generator=generator)
+        self.reference = self.ours.detach() + 0.5 * torch.randn(self.tokens, generator=generator)
+        self.advantages = torch.randn(len(self.documents), generator=generator)
+
+    def by_row(self, column: Tensor) -> Tensor:
+        return nn.utils.rnn.pad_sequence(list(column.split(self.lengths)), batch_first=True)
+
+    def inputs(self) -> dict[str, Tensor]:
+        return {
+            "prompt_ids": padded([p for p, _ in self.documents], 60, left=True),
+            "prompt_mask": padded([[1] * len(p) for p, _ in self.documents], 0, left=True),
+            "completion_ids": padded([c for _, c in self.documents], 60),
+            "completion_mask": padded([[1] * len(c) for _, c in self.documents], 0),
+            "advantages": self.advantages,
+            "num_items_in_batch": torch.tensor(float(self.tokens)),
+            "ref_per_token_logps": self.by_row(self.reference),
+        }
+
+    def batch(self, *, reference: bool) -> Batch:
+        return batch_of(
+            self.documents,
+            sampler_logprobs=self.sampler,
+            ref_logprobs=self.reference if reference else None,
+            advantages=self.advantages.repeat_interleave(torch.tensor(self.lengths)),
+        )
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+def test_truncated_equals_the_grpo_trainer_of_trl(tmp_path, kl_coef: float, corrected: bool, loss_type: str):
+    model = model_of(Qwen3ForCausalLM, 0)
+    trainer = grpo_trainer(model, tmp_path, loss_type=loss_type, kl_coef=kl_coef)
+    made = Rollouts(model, 0.8 if corrected else 0.0)
+    inputs = made.inputs()
     if corrected:  # the truncated weight, made by TRL when it samples and passed with the batch
         trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
-        inputs["importance_sampling_ratio"] = by_row((ours_first.detach() - sampler).exp().clamp(max=1.5))
+        inputs["importance_sampling_ratio"] = made.by_row((made.ours.detach() - made.sampler).exp().clamp(max=1.5))
     theirs = trainer._compute_loss(trainer.model, inputs)
 
-    batch = batch_of(
-        documents,
-        sampler_logprobs=sampler,
-        ref_logprobs=reference if kl_coef else None,
-        advantages=advantages.repeat_interleave(torch.tensor(lengths)),
-    )
-    loss, metrics = GRPOLoss(temperature=1.0, importance_cap=1.5, kl_coef=kl_coef)(output_of(ours_first), batch)
+    loss_fn = TruncatedLoss(temperature=1.0, importance_cap=1.5, kl_coef=kl_coef)
+    loss, metrics = loss_fn(output_of(made.ours), made.batch(reference=bool(kl_coef)))
     # These normalisations are all a sum over tokens divided by one count; loss_type "grpo" weighs by length instead.
-    ours = loss / (len(documents) * 7 if loss_type == "dr_grpo" else tokens)
+    ours = loss / (len(made.documents) * 7 if loss_type == "dr_grpo" else made.tokens)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert_same_gradients(model, ours, theirs)
     if kl_coef:
-        assert metrics["kl"].item() / tokens == pytest.approx(trainer._metrics["train"]["kl"][0], abs=1e-5)
+        assert metrics["kl"].item() / made.tokens == pytest.approx(trainer._metrics["train"]["kl"][0], abs=1e-5)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.1, 0.3)])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+def test_clipped_and_sequence_equal_the_grpo_trainer_of_trl(tmp_path, kl_coef, low, high, level):
+    model = model_of(Qwen3ForCausalLM, 0)
+    settings = {"loss_type": "dapo", "epsilon": low, "epsilon_high": high, "importance_sampling_level": level}
+    trainer = grpo_trainer(model, tmp_path, kl_coef=kl_coef, **settings)
+    made = Rollouts(model, 0.4)
+    theirs = trainer._compute_loss(trainer.model, made.inputs() | {"old_per_token_logps": made.by_row(made.sampler)})
+
+    kind = ClippedLoss if level == "token" else SequenceLoss
+    loss_fn = kind(temperature=1.0, low=low, high=high, kl_coef=kl_coef)
+    loss, metrics = loss_fn(output_of(made.ours), made.batch(reference=bool(kl_coef)))
+    ours = loss / made.tokens
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(model, ours, theirs)
+    assert metrics["ratio_clipped"] > 0, "the case must reach the bounds"
+
+
+def test_truncated_equals_trls_cispo(tmp_path):
+    model = model_of(Qwen3ForCausalLM, 0)
+    trainer = grpo_trainer(model, tmp_path, loss_type="cispo", epsilon_high=1.5)
+    made = Rollouts(model, 0.8)
+    theirs = trainer._compute_loss(trainer.model, made.inputs() | {"old_per_token_logps": made.by_row(made.sampler)})
+    loss, metrics = TruncatedLoss(temperature=1.0, importance_cap=1.5)(
+        output_of(made.ours), made.batch(reference=False)
+    )
+    assert metrics["importance_clipped"] > 0
+    # The values differ, as TRL's holds log p where ours holds a ratio of value 1; it is the gradient that trains.
+    assert_same_gradients(model, loss / made.tokens, theirs)
