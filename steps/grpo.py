@@ -55,7 +55,7 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
         training=Training(**optim.model_dump(), pack_tokens=config.data.pack_tokens),
         reference=method.kl_coef is not None,
         timeout_s=config.rollout.timeout_s,
-        hardware=resources.policy,
+        pool=resources.policy,
     )
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), *observers])

@@ -2,8 +2,8 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
+from posttrain.compute.pool import Pool
 from posttrain.config import Parallel
 
 
@@ -13,8 +13,8 @@ class Hardware:
 
     cluster: dict[str, int]
     """What each node offers Ray."""
-    policy: dict[str, Any]
-    generator: dict[str, Any]
+    policy: Pool
+    generator: Pool
     ranks_on_one_node: int
     """Policy ranks of a step that runs on a single node, whatever `parallel.nodes` is."""
     data_workers: int
@@ -37,12 +37,12 @@ def hardware(parallel: Parallel) -> Hardware:
     workers = -(-gpus // 4)
     return Hardware(
         cluster={"num_cpus": max(cores, ranks_per_node + 1 + workers), "num_gpus": gpus},
-        policy={
-            "num_cpus": 1,
-            "num_gpus": 0 if not gpus else 1 if alone else 0.6,
-            "threads": max(1, cores // ranks_per_node),
-        },
-        generator={"num_cpus": 1, "num_gpus": 0 if not gpus else 1 if alone else 0.4, "threads": cores},
+        policy=Pool(
+            gpus=0 if not gpus else 1 if alone else 0.6,
+            threads=max(1, cores // ranks_per_node),
+            placement="PACK" if gpus else "SPREAD",  # GPUs of a node talk over NVLink; cores are for sharing the work
+        ),
+        generator=Pool(gpus=0 if not gpus else 1 if alone else 0.4, threads=cores),
         ranks_on_one_node=min(parallel.data, gpus or parallel.data),
         data_workers=workers,
     )

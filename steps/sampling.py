@@ -29,7 +29,7 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
     choice = config.rollout.generator
     cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-    generators = ActorGroup("generator", cls, [arguments], **resources.generator)
+    generators = ActorGroup("generator", cls, [arguments], resources.generator)
     rewards = RewardPool(config.reward.function, timeout_s=config.reward.timeout_s)
     await rewards.ready()
     maker = RolloutMaker(

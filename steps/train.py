@@ -68,7 +68,7 @@ async def _train(config, root, model_uri, tokens_uri, observers, resources) -> d
         training=training,
         reference=False,
         timeout_s=config.rollout.timeout_s,
-        hardware=resources.policy,
+        pool=resources.policy,
     )
     with ExitStack() as stack:
         ledger = await run_loop(

@@ -1,7 +1,5 @@
 """Classes for tests that put them into processes of their own, where they must be importable."""
 
-import os
-import signal
 import time
 
 import numpy as np
@@ -13,43 +11,10 @@ from posttrain.compute.generator.transformers import TransformersGenerator
 from posttrain.compute.master import Masters
 from posttrain.data.batch import collate
 from posttrain.data.types import Pack
-from posttrain.errors import DataError
 from posttrain.model.forward import forward, loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.optim import adamw
 from posttrain.model.weights import hf_tensors
-
-
-class Worker:
-    def __init__(self, rank: int):
-        self.rank = rank
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def add(self, number: int) -> int:
-        return number + self.rank
-
-    def threads(self) -> str:
-        return os.environ["OMP_NUM_THREADS"]
-
-    def refuse(self) -> None:
-        raise DataError("row 7 is empty")
-
-    def times_out_itself(self) -> None:
-        raise TimeoutError("the verifier's own")
-
-    def sees_gpus(self) -> str:
-        return os.environ["CUDA_VISIBLE_DEVICES"]
-
-    def fail(self) -> None:
-        raise ZeroDivisionError("oops")
-
-    def sleep(self) -> None:
-        time.sleep(600)
-
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class ForgetfulGenerator(TransformersGenerator):

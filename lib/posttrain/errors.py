@@ -45,6 +45,10 @@ class ComputeError(PosttrainError, RuntimeError):
     """A worker died, hung past its deadline, or produced a value that must stop the run."""
 
 
+class WorkerDiedError(ComputeError):
+    """The process of a worker ended: the cause of what its peers may raise after it."""
+
+
 class RewardError(PosttrainError, RuntimeError):
     """A reward raised, timed out, or returned something that is not a finite number."""
 

@@ -34,7 +34,7 @@ def window_workers(make: Callable[[], PackStream], *, count: int, timeout_s: flo
     Raises:
         ComputeError: from a work: its actor died, or did not answer in time.
     """
-    group = ActorGroup("data worker", WindowWorker, [{"make": make}] * count, num_cpus=1)
+    group = ActorGroup("data worker", WindowWorker, [{"make": make}] * count)
 
     def work_of(rank: int) -> Work:
         return lambda index: group.wait(rank, "window", index, timeout_s=timeout_s)

@@ -11,8 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from posttrain.compute.pool import Places, Pool
+from posttrain.compute.whereabouts import Whereabouts, last_words, whereabouts
 from posttrain.deadline import within
-from posttrain.errors import ComputeError, PosttrainError
+from posttrain.errors import ComputeError, PosttrainError, WorkerDiedError
+
+GRACE_S = 3.0
+"""For the death behind an error: peers of a dead rank may fail in a collective before Ray has told of the death."""
 
 
 class ActorGroup:
@@ -22,39 +27,30 @@ class ActorGroup:
         name: what people read when one fails: "policy", "generator".
         cls: a plain class; its instances live in processes of their own.
         per_rank: keyword arguments of each instance.
-        num_cpus, num_gpus: reserved for each actor, fractions allowed.
-        threads: compute threads of each actor.
+        pool: what each reserves, and how they lie on the nodes.
+
+    Raises:
+        ComputeError: the cluster has no room for them.
     """
 
-    def __init__(
-        self,
-        name: str,
-        cls: type,
-        per_rank: Sequence[dict[str, Any]],
-        *,
-        num_cpus: float,
-        num_gpus: float = 0,
-        threads: int = 1,
-    ):
+    def __init__(self, name: str, cls: type, per_rank: Sequence[dict[str, Any]], pool: Pool | None = None):
         import ray
 
-        self.name = name
-        environment = {
-            "OMP_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # plug-ins import there as they do here
+        self.name, pool = name, pool or Pool()
+        self.places = Places(name, pool, len(per_rank))
+        actor = ray.remote(cls)
+        same = {
+            "num_cpus": pool.cpus,
+            "num_gpus": pool.gpus,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": environment(pool)},
         }
-        if not num_gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray would leave the machine's GPUs in sight
-        environment |= {key: os.environ[key] for key in ("POSTTRAIN_FAULT",) if key in os.environ}
-        actor = ray.remote(cls).options(  # pyright: ignore[reportAttributeAccessIssue]
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": environment},
-            scheduling_strategy="SPREAD",
-        )
-        self.actors = [actor.remote(**arguments) for arguments in per_rank]
+        self.actors = [
+            actor.options(**same, **place).remote(**arguments)  # pyright: ignore[reportAttributeAccessIssue]
+            for place, arguments in zip(self.places.options, per_rank, strict=True)
+        ]
+        # Asked for now, because a dead or hung actor no longer answers.
+        self._told = [each.__ray_call__.remote(whereabouts) for each in self.actors]
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -71,11 +67,15 @@ class ActorGroup:
     async def call_each(
         self, method: str, arguments: Sequence[tuple[tuple, dict[str, Any]]], *, timeout_s: float
     ) -> list[Any]:
-        """Call `method` on every actor with its own (args, kwargs); the first failure ends the wait."""
+        """Call `method` on every actor with its own (args, kwargs).
+
+        The first failure ends the wait, unless an actor turns out to have died: then that is the cause.
+        """
         calls = [
-            self._one(rank, method, args, kwargs, timeout_s=timeout_s) for rank, (args, kwargs) in enumerate(arguments)
+            asyncio.ensure_future(self._one(rank, method, args, kwargs, timeout_s=timeout_s))
+            for rank, (args, kwargs) in enumerate(arguments)
         ]
-        return list(await asyncio.gather(*calls))
+        return await first_cause(calls)
 
     async def call_one(self, rank: int, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
         """Call `method` on one actor."""
@@ -91,41 +91,91 @@ class ActorGroup:
 
         for actor in self.actors:
             ray.kill(actor)  # pyright: ignore[reportArgumentType]
+        self.places.release()
+
+    @property
+    def hosts(self) -> list[str]:
+        """The machine of every rank."""
+        return [where.host if (where := self.where(rank)) else "an unknown host" for rank in range(len(self))]
+
+    def where(self, rank: int) -> Whereabouts | None:
+        """Host, process and log of an actor; None if it never came up."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return ray.get(self._told[rank], timeout=1.0)
+        except RayError:
+            return None
 
     def wait(self, rank: int, method: str, *args: Any, timeout_s: float) -> Any:
         """As call_one(), for a thread that has no event loop."""
         import ray
         from ray.exceptions import GetTimeoutError
 
-        with _named(f"{self.name} {rank}", method):
+        with self._named(rank, method):
             try:
                 return ray.get(self.start(rank, method, *args), timeout=timeout_s)
             except GetTimeoutError:
-                raise ComputeError(f"{self.name} {rank}: {method}() did not finish within {timeout_s:g} s") from None
+                raise self._failed(rank, f": {method}() did not finish within {timeout_s:g} s") from None
 
     async def _one(self, rank: int, method: str, args: tuple, kwargs: dict[str, Any], *, timeout_s: float) -> Any:
-        who = f"{self.name} {rank}"
-        with _named(who, method):
+        with self._named(rank, method):
             reference = getattr(self.actors[rank], method).remote(*args, **kwargs)
-            return await within(timeout_s, f"{who}: {method}()", reference)
+            try:
+                return await within(timeout_s, "", reference)
+            except ComputeError:  # the deadline: what the method raises arrives as a RayTaskError
+                raise self._failed(rank, f": {method}() did not finish within {timeout_s:g} s") from None
+
+    @contextmanager
+    def _named(self, rank: int, method: str) -> Iterator[None]:
+        """Turn Ray's errors into ours: an error of our own as it was raised, all else with the actor's name."""
+        from ray.exceptions import RayActorError, RayError, RayTaskError
+
+        try:
+            yield
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, PosttrainError):
+                raise cause from None
+            raise self._failed(rank, f": {method}() raised {type(cause).__name__}: {cause}", str(error)) from None
+        except RayActorError as error:
+            raise self._failed(rank, f" died during {method}(): {_cause(str(error))}", kind=WorkerDiedError) from None
+        except RayError as error:  # an object lost, a store full, an error that cannot be unpickled
+            raise self._failed(rank, f": {method}(): {type(error).__name__}: {_cause(str(error))}") from None
+
+    def _failed(self, rank: int, what: str, details: str = "", kind: type[ComputeError] = ComputeError) -> ComputeError:
+        """The error of one actor: what happened, where, and the last lines of its log."""
+        where = self.where(rank)
+        if where is None:
+            place, said = "it never came up, so its host and log are not known", ""
+        else:
+            place, said = f"host {where.host}, pid {where.pid}", last_words(where)
+        return kind("\n".join(part for part in (f"{self.name} {rank}{what} [{place}]", details, said) if part))
 
 
-@contextmanager
-def _named(who: str, method: str) -> Iterator[None]:
-    """Turn Ray's errors into ours: an error of our own as it was raised, all else with the actor's name."""
-    from ray.exceptions import RayActorError, RayError, RayTaskError
+async def first_cause(calls: Sequence[asyncio.Future[Any]]) -> list[Any]:
+    """Results in order; or raise the failure that explains the others: a death, else the first to come."""
+    done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+    failures = [error for call in done if (error := call.exception())]
+    if not failures:
+        return [call.result() for call in calls]
+    if not any(isinstance(error, WorkerDiedError) for error in failures):
+        done, _ = await asyncio.wait(calls, timeout=GRACE_S)
+        failures += [error for call in done if (error := call.exception()) and error not in failures]
+    raise next((error for error in failures if isinstance(error, WorkerDiedError)), failures[0])
 
-    try:
-        yield
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, PosttrainError):
-            raise cause from None
-        raise ComputeError(f"{who}: {method}() raised {type(cause).__name__}: {cause}\n{error}") from None
-    except RayActorError as error:
-        raise ComputeError(f"{who} died during {method}(): {_cause(str(error))}") from None
-    except RayError as error:  # an object lost, a store full, an error that cannot be unpickled
-        raise ComputeError(f"{who}: {method}(): {type(error).__name__}: {_cause(str(error))}") from None
+
+def environment(pool: Pool) -> dict[str, str]:
+    """Variables of an actor's process."""
+    found = {
+        "OMP_NUM_THREADS": str(pool.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # plug-ins import there as they do here
+    }
+    if not pool.gpus:
+        found["CUDA_VISIBLE_DEVICES"] = ""  # Ray would leave the machine's GPUs in sight
+    return found | {key: os.environ[key] for key in ("POSTTRAIN_FAULT",) if key in os.environ}
 
 
 def _cause(message: str) -> str:

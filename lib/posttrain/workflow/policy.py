@@ -15,6 +15,7 @@ from posttrain.compute.collective import MeetingPoint, Ranks
 from posttrain.compute.device import set_up_device
 from posttrain.compute.engine import Engine, ModelFunctions
 from posttrain.compute.master import Masters
+from posttrain.compute.pool import Pool
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import ActorGroup, node_address
 from posttrain.data.batch import collate
@@ -215,12 +216,12 @@ class Policy:
         training: Training,
         reference: bool,
         timeout_s: float,
-        hardware: dict[str, Any],
+        pool: Pool,
     ) -> "Policy":
         """Start the ranks, let them find each other, and load the model."""
         same = {"model_uri": model_uri, "backend": backend, "training": training, "reference": reference}
         per_rank = [{"rank": r, "world_size": ranks, **same} for r in range(ranks)]
-        group = ActorGroup("policy", PolicyRank, per_rank, **hardware)
+        group = ActorGroup("policy", PolicyRank, per_rank, pool)
         address = await group.call_one(0, "address", timeout_s=timeout_s)
         costs, *_ = await group.call("join", address, timeout_s, timeout_s=timeout_s)
         return Policy(group, costs, pack_tokens=training.pack_tokens, timeout_s=timeout_s)

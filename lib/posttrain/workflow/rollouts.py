@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.compute.generator import Completion, Request
+from posttrain.compute.pool import Pool
 from posttrain.compute.workers import ActorGroup
 from posttrain.data.advantage import overlong_penalty
 from posttrain.data.order import draw
@@ -92,7 +93,7 @@ class RewardPool:
         await self.workers.call_one(0, "ready", timeout_s=START_SECONDS)
 
     def _start(self) -> ActorGroup:
-        return ActorGroup("reward", RewardWorker, [{"function": self.function}], num_cpus=0)
+        return ActorGroup("reward", RewardWorker, [{"function": self.function}], Pool(cpus=0))
 
 
 class RolloutMaker:

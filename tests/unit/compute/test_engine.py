@@ -58,9 +58,7 @@ def test_two_ranks_take_the_same_step_as_one(tmp_path: Path):
     expected = train(alone, range(3))
 
     async def together() -> tuple[list[dict[str, float]], list[list[np.ndarray]]]:
-        group = ActorGroup(
-            "rank", EngineRank, [{"rank": r, "world_size": 2, "folder": folder} for r in range(2)], num_cpus=1
-        )
+        group = ActorGroup("rank", EngineRank, [{"rank": r, "world_size": 2, "folder": folder} for r in range(2)])
         address = await group.call_one(0, "address", timeout_s=60)
         await group.call("join", address, timeout_s=60)
         history = []

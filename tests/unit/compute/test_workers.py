@@ -2,27 +2,41 @@
 
 import asyncio
 import os
+import socket
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
 
-from actors import Worker
+from plain_actors import Unstartable, Worker
 from posttrain.compute.cluster import Gang, ray_cluster
+from posttrain.compute.pool import Pool, by_node
+from posttrain.compute.whereabouts import last_words, tail
 from posttrain.compute.workers import ActorGroup
-from posttrain.errors import ComputeError, DataError
+from posttrain.errors import ComputeError, DataError, WorkerDiedError
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with ray_cluster(Gang(), num_cpus=4, num_gpus=0) as driving:
+    with ray_cluster(Gang(), num_cpus=5, num_gpus=0) as driving:
         assert driving
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def group(cluster):
-    made = ActorGroup("worker", Worker, [{"rank": 0}, {"rank": 1}], num_cpus=1, threads=3)
+    """Two actors for all the tests that leave them as they were."""
+    made = ActorGroup("worker", Worker, [{"rank": 0}, {"rank": 1}], Pool(threads=3))
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def mortal(cluster):
+    """Two actors, up and of one test alone."""
+    made = ActorGroup("worker", Worker, [{"rank": 0}, {"rank": 1}], Pool(cpus=0))
+    asyncio.run(made.call("pid", timeout_s=60))
     yield made
     made.kill()
 
@@ -58,16 +72,80 @@ def test_an_actor_without_gpus_sees_none(group: ActorGroup):
     assert asyncio.run(group.call("sees_gpus", timeout_s=60)) == ["", ""]
 
 
-def test_a_hang_ends_at_its_deadline_and_says_who(group: ActorGroup):
+def test_a_hang_ends_at_its_deadline_and_says_who(mortal: ActorGroup):
     start = time.monotonic()
     with pytest.raises(ComputeError, match=r"worker 0: sleep\(\) did not finish within 1 s"):
-        asyncio.run(group.call_one(0, "sleep", timeout_s=1))
+        asyncio.run(mortal.call_one(0, "sleep", timeout_s=1))
     assert time.monotonic() - start < 30
 
 
-def test_a_killed_actor_is_named(group: ActorGroup):
+def test_a_killed_actor_is_named(mortal: ActorGroup):
     with pytest.raises(ComputeError, match=r"worker 1 died during die\(\)"):
-        asyncio.run(group.call_one(1, "die", timeout_s=60))
+        asyncio.run(mortal.call_one(1, "die", timeout_s=60))
+
+
+@pytest.mark.parametrize("method, last", [("die", "about to load shard 7"), ("sleep", "waiting for a lock")])
+def test_the_error_of_an_actor_names_host_and_process_and_ends_with_its_log(mortal: ActorGroup, method: str, last: str):
+    (pid,) = asyncio.run(mortal.call("pid", timeout_s=60))[1:]
+    with pytest.raises(ComputeError) as caught:
+        asyncio.run(mortal.call_one(1, method, timeout_s=2))
+    first, *_, end = str(caught.value).splitlines()
+    assert first.startswith("worker 1") and first.endswith(f"[host {socket.gethostname()}, pid {pid}]")
+    assert end == f"    {last}"
+
+
+def test_an_actor_that_never_came_up_is_named_without_a_place(cluster):
+    group = ActorGroup("worker", Unstartable, [{}], Pool(cpus=0))
+    with pytest.raises(
+        ComputeError, match=r"worker 0 died during pid\(\): MemoryError: no room for the model \[it never came up"
+    ):
+        asyncio.run(group.call("pid", timeout_s=60))
+
+
+def test_a_death_is_blamed_and_not_what_it_caused(mortal: ActorGroup):
+    with pytest.raises(WorkerDiedError, match="worker 1 died"):
+        asyncio.run(mortal.call("rank_1_dies_and_the_others_fail", timeout_s=60))
+
+
+def test_a_log_on_another_node_is_read_there(mortal: ActorGroup):
+    with pytest.raises(ComputeError):
+        asyncio.run(mortal.call_one(0, "sleep", timeout_s=1))
+    where = mortal.where(0)
+    assert where is not None
+    assert "waiting for a lock" in last_words(replace(where, host="elsewhere"))
+    gone = replace(where, host="elsewhere", node_id="0" * 56)
+    assert "could not be read" in last_words(gone)
+
+
+def test_a_log_is_cut_to_its_last_lines(tmp_path):
+    (tmp_path / "empty").write_text(":job_id:01\n")
+    (tmp_path / "full").write_text("".join(f"line {i}\n" for i in range(10_000)))
+    lines = tail([str(tmp_path / "empty"), str(tmp_path / "full")]).splitlines()
+    assert lines[1:] == [f"    line {i}" for i in range(9_980, 10_000)]
+
+
+def test_a_group_reserves_its_places_together_and_gives_them_back(cluster):
+    import ray
+
+    before = ray.available_resources()["CPU"]
+    group = ActorGroup("worker", Worker, [{"rank": r} for r in range(2)], Pool(placement="PACK"))
+    assert asyncio.run(group.call("add", 1, timeout_s=60)) == [1, 2]
+    assert before - ray.available_resources().get("CPU", 0) == 2
+    group.kill()
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == before
+
+
+def test_a_group_that_does_not_fit_is_refused_with_what_is_free(cluster, monkeypatch):
+    monkeypatch.setattr("posttrain.compute.pool.PLACE_S", 1.0)
+    with pytest.raises(ComputeError, match=r"worker: no room for 2 actors of \{'CPU': 8\}; the cluster has . CPUs"):
+        ActorGroup("worker", Worker, [{"rank": 0}, {"rank": 1}], Pool(cpus=8, placement="SPREAD"))
+
+
+def test_ranks_of_a_node_are_consecutive():
+    assert by_node({0: "b", 1: "a", 2: "b", 3: "a", 4: "b"}) == [0, 2, 4, 1, 3]
 
 
 def test_ray_listens_on_loopback_only(cluster):

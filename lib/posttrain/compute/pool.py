@@ -1,0 +1,75 @@
+"""What the actors of a group reserve, and on which nodes they lie."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from posttrain.errors import ComputeError
+
+PLACE_S = 60.0
+"""For a cluster that is up and has the room, seconds; it takes well under one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Reservations of each actor of one group; fractions are allowed."""
+
+    cpus: float = 1
+    gpus: float = 0
+    threads: int = 1
+    """Compute threads of each actor."""
+    placement: Literal["PACK", "SPREAD"] | None = None
+    """PACK puts ranks that talk much onto as few nodes as hold them, SPREAD onto as many as there are; either
+    reserves for all ranks at once and numbers those of one node consecutively. None places each actor by itself."""
+
+
+class Places:
+    """The reserved places of `count` actors: Ray options for each rank."""
+
+    def __init__(self, name: str, pool: Pool, count: int):
+        """
+        Raises:
+            ComputeError: the cluster has no room for all of them.
+        """
+        self.group: Any = None
+        self.options: list[dict[str, Any]] = [{"scheduling_strategy": "SPREAD"}] * count
+        if pool.placement and count > 1:
+            self._reserve(name, pool, count)
+
+    def _reserve(self, name: str, pool: Pool, count: int) -> None:
+        from ray.util.placement_group import placement_group, placement_group_table
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        each = {key: amount for key, amount in (("CPU", pool.cpus), ("GPU", pool.gpus)) if amount}
+        self.group = placement_group([each] * count, strategy=pool.placement or "PACK")
+        if not self.group.wait(PLACE_S):
+            self.release()
+            raise ComputeError(f"{name}: no room for {count} actors of {each}; {_offered()}")
+        nodes = placement_group_table(self.group)["bundles_to_node_id"]
+        self.options = [
+            {"scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)}
+            for bundle in by_node(nodes)
+        ]
+
+    def release(self) -> None:
+        """Give the places back; whatever still runs there is ended."""
+        from ray.util.placement_group import remove_placement_group
+
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
+
+
+def by_node(nodes: Mapping[int, str]) -> list[int]:
+    """Bundles (bundle -> node) in an order that keeps those of a node together, the node of bundle 0 first."""
+    first: dict[str, int] = {}
+    for bundle in sorted(nodes):
+        first.setdefault(nodes[bundle], bundle)
+    return sorted(nodes, key=lambda bundle: (first[nodes[bundle]], bundle))
+
+
+def _offered() -> str:
+    import ray
+
+    free = ray.available_resources()
+    return f"the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"

@@ -1,0 +1,76 @@
+"""Where an actor runs and what it said last: for the report of a failure, when it can no longer be asked."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LINES = 20
+"""Of a log, from its end."""
+READ_BYTES = 64 * 1024
+FETCH_S = 10.0
+"""For the log of another node, seconds."""
+RAY_MARKS = (":job_id:", ":actor_name:", ":task_name:")
+"""Lines that Ray writes into an actor's log for itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whereabouts:
+    """What an actor said of itself when it started."""
+
+    host: str
+    pid: int
+    node_id: str
+    logs: tuple[str, ...]
+    """Files of its standard error and output, on its own node."""
+
+
+def whereabouts(_actor: Any) -> Whereabouts:
+    """Of the calling process; runs inside an actor."""
+    import ray
+
+    logs = []
+    for stream in (2, 1):
+        try:
+            file = os.readlink(f"/proc/self/fd/{stream}")
+        except OSError:  # no /proc on this system
+            continue
+        if os.path.isfile(file) and file not in logs:
+            logs.append(file)
+    node_id = ray.get_runtime_context().get_node_id()
+    return Whereabouts(host=socket.gethostname(), pid=os.getpid(), node_id=node_id, logs=tuple(logs))
+
+
+def last_words(where: Whereabouts) -> str:
+    """The last lines of an actor's log, read on whichever node it is on, or why there are none."""
+    if not where.logs:
+        return "its log is not a file on this system"
+    if where.host == socket.gethostname():
+        return tail(where.logs)
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(where.node_id, soft=False)
+    read = ray.remote(tail).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    try:
+        return ray.get(read.remote(where.logs), timeout=FETCH_S)
+    except RayError as error:
+        return f"its log {where.logs[0]} on {where.host} could not be read: {type(error).__name__}"
+
+
+def tail(files: Sequence[str]) -> str:
+    """The last LINES lines of the first file that has any."""
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                opened.seek(max(0, Path(file).stat().st_size - READ_BYTES))
+                text = opened.read().decode(errors="replace")
+        except OSError as error:
+            return f"its log {file} could not be read: {error.strerror}"
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith(RAY_MARKS)]
+        if lines:
+            return f"the last lines of its log {file}:\n" + "\n".join(f"    {line}" for line in lines[-LINES:])
+    return "its log is empty"

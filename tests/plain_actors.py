@@ -1,0 +1,55 @@
+"""Actors that need no torch, so that their processes start fast."""
+
+import os
+import signal
+import time
+
+from posttrain.errors import DataError
+
+
+class Worker:
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def add(self, number: int) -> int:
+        return number + self.rank
+
+    def threads(self) -> str:
+        return os.environ["OMP_NUM_THREADS"]
+
+    def refuse(self) -> None:
+        raise DataError("row 7 is empty")
+
+    def times_out_itself(self) -> None:
+        raise TimeoutError("the verifier's own")
+
+    def sees_gpus(self) -> str:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    def fail(self) -> None:
+        raise ZeroDivisionError("oops")
+
+    def sleep(self) -> None:
+        print("waiting for a lock", flush=True)
+        time.sleep(600)
+
+    def die(self) -> None:
+        print("about to load shard 7", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def rank_1_dies_and_the_others_fail(self) -> None:
+        if self.rank == 1:
+            time.sleep(0.5)
+            self.die()
+        raise RuntimeError("connection closed by peer")
+
+
+class Unstartable:
+    def __init__(self):
+        raise MemoryError("no room for the model")
+
+    def pid(self) -> int:
+        return os.getpid()
