@@ -70,7 +70,7 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
         ),
         policy=policy,
         maker=parts.maker,
-        evaluator=Evaluator(parts.maker, parts.held_out),
+        evaluator=Evaluator(parts.maker, parts.sets["held_out"]),
         loss=GRPOLoss(
             temperature=config.rollout.temperature,
             importance_cap=method.importance_cap,
@@ -80,7 +80,7 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
         ledger_file=LedgerFile(storage.join(root, "ledger", "grpo.jsonl")),
         observers=seen,
     )
-    await controller.run(parts.prompts)
+    await controller.run(parts.sets["prompts"])
     return {
         "model_uri": await policy.export(storage.join(root, "trained_model")),
         "checkpoints": controller.checkpoints.uri,

@@ -11,20 +11,21 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
 from posttrain.workflow.rollouts import Prompts, RewardPool, RolloutMaker, Sampling
 from steps.hardware import Hardware
+from steps.recipes import prompt_sets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutParts:
-    """A generator, a reward process, and the prompts."""
+    """A generator, a reward process, and the sets of prompts by name."""
 
     generators: ActorGroup
     maker: RolloutMaker
-    prompts: Prompts
-    held_out: Prompts
+    sets: dict[str, Prompts]
 
 
 async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, resources: Hardware) -> RolloutParts:
     """Start a generator of `model_uri`'s architecture and a reward process, and read the prompts."""
+    assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     choice = config.rollout.generator
     cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
@@ -45,5 +46,6 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
         max_reward_failures=config.reward.max_failures,
     )
     folder = storage.fetch(tokens_uri)
-    sets = {n: Prompts(*read_prompts(folder / f"{n}.parquet"), seed=config.seed) for n in ("prompts", "held_out")}
-    return RolloutParts(generators=generators, maker=maker, **sets)
+    names = prompt_sets(config)
+    sets = {name: Prompts(*read_prompts(folder / f"{name}.parquet"), seed=config.seed) for name in names}
+    return RolloutParts(generators=generators, maker=maker, sets=sets)

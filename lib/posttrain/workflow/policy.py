@@ -22,10 +22,19 @@ from posttrain.model.backend import backend_of
 from posttrain.model.decoder import Decoder
 from posttrain.model.flops import FlopCounts, flop_counts, mfu, peak_flops
 from posttrain.model.forward import forward, loss_sum
-from posttrain.model.losses import Loss
+from posttrain.model.lora import adapters_off
+from posttrain.model.losses import Loss, count
 from posttrain.model.moe import router_metrics
 from posttrain.model.optim import adamw
 from posttrain.model.schedule import lr_scale
+from posttrain.workflow.policy_model import (
+    Build,
+    build_policy,
+    document_logprobs,
+    open_teacher,
+    taught_by,
+    write_adapter,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +86,24 @@ class PolicyRank:
     """One rank, in a process of its own. All ranks hold equal weights; rank 0 also writes and sends them."""
 
     def __init__(
-        self, *, rank: int, world_size: int, model_uri: str, backend: str, training: Training, reference: bool
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        model_uri: str,
+        backend: str,
+        training: Training,
+        reference: bool,
+        build: Build | None = None,
     ):
         """
         Args:
             backend: see model/backend.py.
-            reference: keep a frozen copy of the starting weights and score batches with it.
+            reference: score batches with the starting weights: with the adapters off, or by a frozen copy.
         """
         self.rank, self.world_size = rank, world_size
         self.model_uri, self.training, self.has_reference = model_uri, training, reference
+        self.build = build or Build()
         self.backend = backend_of(backend)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -105,9 +123,9 @@ class PolicyRank:
             device=self.device,
         )
         self.folder = storage.fetch(self.model_uri)
-        model = self.backend.load(self.folder, device=self.device)
+        model = build_policy(self.backend, self.folder, self.build, device=self.device)
         self.reference: nn.Module | None = None
-        if self.has_reference:
+        if self.has_reference and self.build.lora is None:
             self.reference = self.backend.load(self.folder, device=self.device).requires_grad_(False)
         optimizer = adamw(model, lr=training.lr, betas=training.betas, weight_decay=training.weight_decay)
         scale = partial(
@@ -121,7 +139,7 @@ class PolicyRank:
             optimizer,
             ranks=ranks,
             forward=forward,
-            loss_sum=loss_sum,
+            loss_sum=self._loss_sum(),
             named_weights=self.backend.tensors,
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
@@ -137,10 +155,20 @@ class PolicyRank:
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; global metrics, and how experts were used."""
         batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
-        if self.reference is not None:
+        if self.has_reference:
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
         metrics = self.engine.train_step(step, batches, loss, denominator=denominator)
         return metrics | {name: float(value) for name, value in router_metrics(self.engine.model).items()}
+
+    def evaluate(self, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
+        """Global metrics of packs that are not trained on."""
+        batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
+        return self.engine.evaluate(batches, loss, denominator=denominator)
+
+    def document_logprobs(self, packs: Sequence[Pack]) -> list[list[float]]:
+        """Of each pack, the log p of every sample's trained tokens under the current weights, nats."""
+        batches = (collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs)
+        return [document_logprobs(self.engine.model, batch) for batch in batches]
 
     def weights(self, dtype: str) -> dict[str, Tensor]:
         """Weights under Hugging Face names, on the CPU, cast to what the generator wants."""
@@ -160,14 +188,23 @@ class PolicyRank:
         self.engine.load_state(read_tensors(storage.fetch(uri)))
 
     def export(self, uri: str) -> str:
-        """Publish the weights as a Hugging Face folder (rank 0 only)."""
+        """Publish the weights as a Hugging Face folder, adapters merged and beside them (rank 0 only)."""
         if not storage.exists(storage.join(uri, "manifest.json")):
             with storage.staging(uri) as folder:
                 facts = self.backend.export(self.engine.model, folder, like=self.folder)
+                if self.build.lora is not None:
+                    write_adapter(self.engine.model, folder, lora=self.build.lora, base=self.model_uri)
                 storage.publish(folder, uri, **facts)
         return uri
 
+    def _loss_sum(self) -> Any:
+        uri = self.build.teacher_uri
+        return loss_sum if uri is None else taught_by(open_teacher(self.backend, uri, device=self.device))
+
     def _ref_logprobs(self, batch: Any, temperature: float) -> Tensor:
+        if self.reference is None:
+            with adapters_off(self.engine.model):
+                return self.engine.logprobs(batch, temperature=temperature)
         with torch.no_grad():
             return forward(self.reference, batch, temperature=temperature).logprobs  # pyright: ignore[reportArgumentType]
 
@@ -188,9 +225,11 @@ class Policy:
         reference: bool,
         timeout_s: float,
         hardware: dict[str, Any],
+        build: Build | None = None,
     ) -> "Policy":
         """Start the ranks, let them find each other, and load the model."""
         same = {"model_uri": model_uri, "backend": backend, "training": training, "reference": reference}
+        same["build"] = build
         per_rank = [{"rank": r, "world_size": ranks, **same} for r in range(ranks)]
         group = ActorGroup("policy", PolicyRank, per_rank, **hardware)
         address = await group.call_one(0, "address", timeout_s=timeout_s)
@@ -198,13 +237,27 @@ class Policy:
         return Policy(group, costs, pack_tokens=training.pack_tokens, timeout_s=timeout_s)
 
     async def train_step(self, step: int, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
-        """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token."""
-        denominator = sum(pack.loss_tokens for pack in packs)
+        """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token or unit."""
+        denominator = count(loss, packs)
         ranks = len(self.group)
         calls = [((step, share, loss, denominator), {}) for share in deal(packs, ranks=ranks, cost=self.costs.of)]
         metrics, *_ = await self.group.call_each("train_step", calls, timeout_s=self.timeout_s)
         seconds = metrics["time/forward_backward_s"] + metrics["time/optimizer_s"]
         return metrics | self.costs.metrics(packs, seconds, ranks=ranks, pack_tokens=self.pack_tokens)
+
+    async def evaluate(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
+        """Metrics of packs that are not trained on, under the current weights."""
+        shares = deal(packs, ranks=len(self.group), cost=self.costs.of)
+        calls = [((share, loss, count(loss, packs)), {}) for share in shares]
+        metrics, *_ = await self.group.call_each("evaluate", calls, timeout_s=self.timeout_s)
+        return metrics
+
+    async def document_logprobs(self, packs: Sequence[Pack]) -> list[list[float]]:
+        """Of each pack, in order, the log p of every sample's trained tokens under the current weights, nats."""
+        ranks = len(self.group)
+        calls = [((packs[rank::ranks],), {}) for rank in range(ranks)]
+        found = await self.group.call_each("document_logprobs", calls, timeout_s=self.timeout_s)
+        return [found[number % ranks][number // ranks] for number in range(len(packs))]
 
     async def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
         return await self.group.call_one(0, "save", checkpoints, step, state, timeout_s=self.timeout_s)
