@@ -25,30 +25,35 @@ anything is paid for.
 """
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, if it holds one."""
-    for option in (field.annotation, *get_args(field.annotation)):
-        if isinstance(option, type) and issubclass(option, Section):
-            return option
-    return None
+def sections_of(field: FieldInfo) -> list[type[Section]]:
+    """The section that a field holds, several where it is one of several, or none."""
+    options = (field.annotation, *get_args(field.annotation))
+    return [option for option in options if isinstance(option, type) and issubclass(option, Section)]
 
 
-def rows(section: type[Section], path: str) -> list[str]:
+def rows(section: type[Section], path: str, title: str = "Top level") -> list[str]:
     """Markdown lines of a section and the sections below it."""
     summary = (section.__doc__ or "").strip().splitlines()[0]
-    table = [f"\n## {path or 'Top level'}\n\n{summary}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
+    table = [f"\n## {title}\n\n{summary}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
     below: list[str] = []
     schema = section.model_json_schema()["properties"]
     for name, field in section.model_fields.items():
-        inner = section_of(field)
+        inner = sections_of(field)
         dotted = f"{path}.{name}" if path else name
+        for each in inner:
+            title = dotted if len(inner) == 1 else f"{dotted}, {name_of(each)}"
+            below += rows(each, dotted, title)
         if inner:
-            below += rows(inner, dotted)
             continue
         default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), default=str)}`"
         meaning = " ".join((field.description or "").split())
         table.append(f"| `{name}` | {kind(schema[name])} | {default} | {meaning} |")
     return (table if len(table) > 3 else []) + below
+
+
+def name_of(recipe: type[Section]) -> str:
+    """How a config tells one section of several: `name: sft`."""
+    return f"name: {get_args(recipe.model_fields['name'].annotation)[0]}"
 
 
 def kind(schema: dict[str, Any]) -> str:

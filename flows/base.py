@@ -2,8 +2,8 @@
 
 start -> prepare -> tokenize (in shares) -> merge_tokens -> warmup -> train -> evaluate -> export -> end
 
-A flow subclasses PostTrainFlow and names its training program in run_training(). The
-steps are programs in steps/; here are only their order, resources and artifacts.
+A flow subclasses PostTrainFlow, names its own config and, in run_training(), its training
+program. The steps are programs in steps/; here are only their order, resources and artifacts.
 """
 
 import json
@@ -38,6 +38,11 @@ class Stopped(MetaflowException):
     headline = "posttrain stopped"
 
 
+def own_config(name: str) -> Config:
+    """The config of a flow, read from configs/`name` where the command line names no other."""
+    return Config("config", default=str(CONFIGS / name), parser=parse, help="Run config, YAML")
+
+
 def parse(text: str) -> dict:
     """The parser of metaflow.Config: it returns plain data, because Metaflow stores it."""
     try:
@@ -65,7 +70,7 @@ _final = False
 class PostTrainFlow(FlowSpec):
     """The shared chain; each step's program is in steps/."""
 
-    config = Config("config", default=str(CONFIGS / "grpo_tiny.yaml"), parser=parse, help="Run config, YAML")
+    config = own_config("grpo_tiny.yaml")
 
     @step
     def start(self):
@@ -83,6 +88,7 @@ class PostTrainFlow(FlowSpec):
 
         found = refusing(prepare, self.cfg, root=self.root)
         self.data, self.model, self.parts = found["data"], found["model"], found["parts"]
+        self.teacher_uri = found["teacher_uri"]
         self.next(self.tokenize, foreach="parts")
 
     @retry(times=2, minutes_between_retries=0)
@@ -122,6 +128,7 @@ class PostTrainFlow(FlowSpec):
         facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.data} ranks", f"run {current.run_id}"]
         cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, view=SFT)] if plan else []
         uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
+        uris["teacher_uri"] = self.teacher_uri
         self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
         self.nodes = "one" if self.cfg.parallel.nodes == 1 else "many"
         self.next({"one": self.train, "many": self.gang}, condition="nodes")
@@ -163,7 +170,9 @@ class PostTrainFlow(FlowSpec):
         from steps.evaluate import evaluate
 
         models = {"before": self.warmed_up["model_uri"], "after": self.trained["model_uri"]}
-        self.evaluation = refusing(evaluate, self.cfg, tokens_uri=self.tokens["uri"], models=models)
+        uris = {"tokens_uri": self.tokens["uri"], "rows_uri": self.trained.get("tokens_uri")}
+        uris["teacher_uri"] = self.warmed_up["teacher_uri"]
+        self.evaluation = refusing(evaluate, self.cfg, models=models, **uris)
         show_evaluation(self.evaluation)
         self.next(self.export)
 
@@ -209,9 +218,35 @@ class PostTrainFlow(FlowSpec):
         """What a flow trains; None on a node that only lends its hardware."""
         raise NotImplementedError
 
+    def train_on_rows(self, title: str, facts: list[str], *, view) -> dict | None:
+        """The recipes on rows: their one training program, seen on a card."""
+        from posttrain.workflow.card import TrainingCard
+        from steps.train import train
 
-def main(flow: type[FlowSpec]) -> None:
-    """Run a flow from the command line; see posttrain.overrides for --config and --config-value."""
+        config = self.cfg
+        facts = [*facts, f"lr {config.optim.lr:g}", f"{config.parallel.data} ranks", f"run {current.run_id}"]
+        card = TrainingCard(title, facts, num_steps=config.optim.num_steps, view=view)
+        uris = {"root": self.root, "model_uri": self.warmed_up["model_uri"], "tokens_uri": self.tokens["uri"]}
+        uris["teacher_uri"] = self.warmed_up["teacher_uri"]
+        return refusing(train, config, **uris, recipe=True, gang=self.gang_here(), observers=[card])
+
+    def gang_here(self):
+        """The nodes that train together, as this one knows them."""
+        from posttrain.compute.cluster import Gang
+
+        if not current.get("is_parallel"):
+            return Gang()
+        nodes = current.parallel
+        key = f"{current.run_id}/{current.step_name}/{current.retry_count}"
+        return Gang(num_nodes=nodes.num_nodes, node_index=nodes.node_index, main_ip=nodes.main_ip, key=key)
+
+
+def main(flow: type[FlowSpec], *, config: str) -> None:
+    """Run a flow from the command line; see posttrain.overrides for --config and --config-value.
+
+    Args:
+        config: file in configs/ that overrides change where no other is named.
+    """
     # Metaflow starts the further nodes of a gang on one machine as `python`; that must be this Python, with or
     # without an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -219,7 +254,7 @@ def main(flow: type[FlowSpec]) -> None:
         os.environ["USERNAME"] = "posttrain"
     sys.path.append(os.getcwd())  # a plug-in may lie where the run is started; last, so that it hides nothing
     try:
-        sys.argv[1:] = metaflow_arguments(sys.argv[1:], default=CONFIGS / "grpo_tiny.yaml")
+        sys.argv[1:] = metaflow_arguments(sys.argv[1:], default=CONFIGS / config)
     except ConfigError as error:
         sys.exit(f"posttrain refused to run: {error}")
     try:

@@ -2,22 +2,21 @@
 
 from metaflow import current
 
-from base import PostTrainFlow, main, refusing
+from base import PostTrainFlow, main, own_config, refusing
+
+OWN = "grpo_tiny.yaml"
 
 
 class GRPOFlow(PostTrainFlow):
     """Group-relative policy optimisation with a policy, a generator and a reward in Ray actors."""
 
+    config = own_config(OWN)
+
     def run_training(self):
-        from posttrain.compute.cluster import Gang
         from posttrain.workflow.card import GRPO, TrainingCard
         from steps.grpo import grpo
 
-        config, gang = self.cfg, Gang()
-        if current.get("is_parallel"):
-            nodes = current.parallel
-            key = f"{current.run_id}/{current.step_name}/{current.retry_count}"
-            gang = Gang(num_nodes=nodes.num_nodes, node_index=nodes.node_index, main_ip=nodes.main_ip, key=key)
+        config = self.cfg
         facts = [
             f"{config.rollout.prompts_per_step} prompts x {config.method.group_size} completions a step",
             f"seed {config.seed}",
@@ -27,8 +26,8 @@ class GRPOFlow(PostTrainFlow):
         ]
         card = TrainingCard("GRPO", facts, num_steps=config.optim.num_steps, view=GRPO)
         uris = {"root": self.root, "model_uri": self.warmed_up["model_uri"], "tokens_uri": self.tokens["uri"]}
-        return refusing(grpo, config, **uris, gang=gang, observers=[card])
+        return refusing(grpo, config, **uris, gang=self.gang_here(), observers=[card])
 
 
 if __name__ == "__main__":
-    main(GRPOFlow)
+    main(GRPOFlow, config=OWN)

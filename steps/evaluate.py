@@ -10,33 +10,86 @@ from posttrain.config import RunConfig
 from posttrain.errors import SyncError
 from posttrain.model.backend import backend_of
 from posttrain.workflow.evaluate import Evaluator
-from steps.hardware import hardware
+from posttrain.workflow.measures import check_gate, perplexity
+from posttrain.workflow.policy import Policy
+from steps.hardware import Hardware, hardware
+from steps.recipes import asked_set, build_of, measures_of, training_of
 from steps.sampling import RolloutParts, rollout_parts
+from steps.train import held_out_packs
 
 
-def evaluate(config: RunConfig, *, tokens_uri: str, models: dict[str, str]) -> dict[str, Any]:
-    """Evaluate every model in `models` (name -> uri) on the same prompts with the same sampling noise.
+def evaluate(
+    config: RunConfig,
+    *,
+    tokens_uri: str,
+    models: dict[str, str],
+    rows_uri: str | None = None,
+    teacher_uri: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate every model in `models` (name -> uri) on the same rows, prompts and sampling noise.
 
-    All must share one architecture and tokenizer.
+    All must share one architecture and tokenizer. The gate compares the last with the first.
+
+    Args:
+        rows_uri: folder that an offline recipe trained on, with its held-out rows; that of `tokens_uri` when None.
 
     Returns:
-        name -> greedy, sampled and best-of-k reward, mean length, example rows.
+        name -> of an offline recipe its measures on data.held_out; where questions are asked, greedy, sampled and
+        best-of-k reward, mean length and example rows.
+
+    Raises:
+        GateError: a measure of the last model is worse than eval.gate allows.
     """
     resources = hardware(config.parallel)
     with ray_cluster(Gang(), **resources.cluster):
-        return asyncio.run(_evaluate(config, tokens_uri, models, resources))
+        found = asyncio.run(_evaluate(config, tokens_uri, models, (rows_uri or tokens_uri, teacher_uri), resources))
+    check_gate(found, config.eval.gate, before=next(iter(models)), after=list(models)[-1])
+    return found
 
 
-async def _evaluate(config, tokens_uri, models, resources) -> dict[str, Any]:
+async def _evaluate(config, tokens_uri, models, measured_with, resources) -> dict[str, dict[str, Any]]:
+    rows_uri, teacher_uri = measured_with
+    results: dict[str, dict[str, Any]] = {name: {} for name in models}
+    if config.method.name != "grpo":
+        for name, uri in models.items():
+            results[name] |= await _measure(config, uri, rows_uri, teacher_uri, resources)
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in results[name].items() if key != "rows")
+            print(f"{name}: {shown}", flush=True)
+    if not config.samples_completions:
+        return results
     first = next(iter(models.values()))
     parts = await rollout_parts(config, model_uri=first, tokens_uri=tokens_uri, resources=resources)
-    evaluator = Evaluator(parts.maker, parts.held_out)
-    results = {}
+    evaluator = Evaluator(parts.maker, parts.sets[asked_set(config)])
     for version, (name, uri) in enumerate(models.items()):
         await _send(parts, uri, version, backend=config.model.backend, timeout_s=config.rollout.timeout_s)
-        results[name] = await evaluator.full(samples=config.eval.samples)
+        results[name] |= await evaluator.full(samples=config.eval.samples)
         print(f"{name}: greedy {results[name]['greedy_reward']}, sampled {results[name]['sampled_reward']}", flush=True)
     return results
+
+
+async def _measure(
+    config: RunConfig, uri: str, rows_uri: str, teacher_uri: str | None, resources: Hardware
+) -> dict[str, float]:
+    """The recipe's own measures of one model on data.held_out."""
+    policy = await Policy.launch(
+        ranks=resources.ranks_on_one_node,
+        model_uri=uri,
+        backend=config.model.backend,
+        training=training_of(config, config.method.name),
+        reference=False,
+        timeout_s=config.rollout.timeout_s,
+        pool=resources.policy,
+        build=build_of(config, teacher_uri, trains=False),
+    )
+    packs = held_out_packs(config, rows_uri)
+    found: dict[str, float] = {"rows": sum(pack.num_units for pack in packs)}
+    for loss, names in measures_of(config):
+        metrics = await policy.evaluate(packs, loss)
+        found |= {name: round(metrics[metric], 4) for metric, name in names.items()}
+        if loss.reads == "tokens":
+            found["perplexity"] = round(perplexity(metrics["loss"]), 4)
+    policy.group.kill()
+    return found
 
 
 async def _send(parts: RolloutParts, uri: str, version: int, *, backend: str, timeout_s: float) -> None:

@@ -1,6 +1,7 @@
 """The trained weights become a Hugging Face folder that is proved to be the model that was trained."""
 
 import json
+import shutil
 from typing import Any
 
 from posttrain import storage
@@ -9,6 +10,8 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import DataError
 from posttrain.model.backend import backend_of
 from posttrain.model.export import write_generation_config
+from posttrain.workflow.measures import measured
+from posttrain.workflow.policy_model import ADAPTER
 
 
 def export(
@@ -22,7 +25,8 @@ def export(
 ) -> dict[str, Any]:
     """Write config, weights, tokenizer, template and model card; open them with transformers and compare.
 
-    A model of posttrain's own is compared by its logits, one of transformers' by its weights, bit by bit.
+    A model of posttrain's own is compared by its logits or scores, one of transformers' by its weights, bit by bit.
+    Adapters lie merged in the weights, and in PEFT's format in a folder of their own.
 
     Returns:
         uri of the folder, the largest logit difference, and what else the backend compared.
@@ -38,6 +42,8 @@ def export(
         facts = backend.export(backend.load(source), folder, like=source)
         tokenizer = BaseHFModelTokenizer(source)
         write_generation_config(folder, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+        if (source / ADAPTER).is_dir():
+            shutil.copytree(source / ADAPTER, folder / ADAPTER)
         (folder / "README.md").write_text(_model_card(config, provenance, evaluation))
         return facts | {"tokenizer_sha256": tokenizer.fingerprint()}
 
@@ -51,7 +57,7 @@ def export(
 
 
 def _model_card(config: RunConfig, provenance: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    columns = ("greedy_reward", "sampled_reward", "best_reward", "mean_tokens")
+    columns = measured(evaluation)
     rows = [f"| {name} | {' | '.join(str(found[c]) for c in columns)} |" for name, found in evaluation.items()]
     table = "\n".join([f"| model | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|", *rows])
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())

@@ -8,6 +8,7 @@ from posttrain import storage
 from posttrain.compute.checkpoint import Checkpoints
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.config import RunConfig
+from posttrain.config_method import GRPO
 from posttrain.data.advantage import advantages_of
 from posttrain.manifest import json_sha256
 from posttrain.model.losses import Loss
@@ -47,6 +48,7 @@ def grpo(
 
 async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> dict[str, Any]:
     method, optim = config.method, config.optim
+    assert isinstance(method, GRPO), "the flow has refused any other"
     parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
     policy = await Policy.launch(
         ranks=config.parallel.data,
@@ -73,13 +75,13 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
         ),
         policy=policy,
         maker=parts.maker,
-        evaluator=Evaluator(parts.maker, parts.held_out),
-        loss=_loss(config),
+        evaluator=Evaluator(parts.maker, parts.sets["held_out"]),
+        loss=_loss(method, temperature=config.rollout.temperature),
         checkpoints=_checkpoints(config, root, model_uri, tokens_uri),
         ledger_file=LedgerFile(storage.join(root, "ledger", "grpo.jsonl")),
         observers=seen,
     )
-    await controller.run(parts.prompts)
+    await controller.run(parts.sets["prompts"])
     return {
         "model_uri": await policy.export(storage.join(root, "trained_model")),
         "checkpoints": controller.checkpoints.uri,
@@ -91,10 +93,9 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
     }
 
 
-def _loss(config: RunConfig) -> Loss:
-    method = config.method
+def _loss(method: GRPO, *, temperature: float) -> Loss:
     shared: dict[str, Any] = {
-        "temperature": config.rollout.temperature,
+        "temperature": temperature,
         "kl_coef": method.kl_coef or 0.0,
         "kl_estimator": method.kl_estimator,
     }

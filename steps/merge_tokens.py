@@ -8,21 +8,26 @@ from typing import Any
 from posttrain import storage
 from posttrain.config import RunConfig
 from posttrain.data.counts import Counts, check_budget, check_not_empty
-from posttrain.data.encode import Encoder
+from posttrain.data.encode import CHOSEN_DROPS, Encoder
 from posttrain.data.prompts import tokenize_prompts, write_prompts
 from posttrain.data.source import Source, stored_rows
 from posttrain.data.stream import PackStream
-from posttrain.data.token_files import lengths_and_duplicates
+from posttrain.data.token_files import lengths_and_duplicates, write_units
 from posttrain.data.tokenizer import BaseHFModelTokenizer
-from posttrain.errors import DataError
+from posttrain.data.types import Unit
+from posttrain.errors import DataError, RowError
 from posttrain.model.backend import backend_of
 from posttrain.model.families import DecoderConfig
 from steps.data_report import first_window_report, prompt_report, read_report, source_report
+from steps.recipes import prompt_sets
 from steps.streams import (
+    HELD_OUT_UNITS,
     PROVED_ROWS,
+    RESERVED,
     make_encoder,
     pack_stream,
     record_units,
+    reserved_hashes,
     store_sources,
     stored_sources,
     token_units,
@@ -50,8 +55,11 @@ def merge_tokens(
 
     def write(folder: Path) -> None:
         prompts = _write_prompts(config, data, folder, tokenizer, shape)
+        _write_held_out(config, data, folder, encoder)
         sources, stream, described = _training_set(config, data, parts, encoder)
         store_sources(sources, folder)
+        reserved = sorted(each.hex() for each in reserved_hashes(data))
+        (folder / RESERVED).write_text(json.dumps(reserved))
         report = {
             "scope": "all rows" if config.data.tokenize == "ahead" else "the first 1,024 draws",
             "tokenizer_sha256": tokenizer.fingerprint(),
@@ -81,17 +89,31 @@ def _write_prompts(
     config: RunConfig, data: Path, folder: Path, tokenizer: BaseHFModelTokenizer, shape: DecoderConfig
 ) -> dict[str, Any]:
     need = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if need > shape.max_length:
+    if config.samples_completions and need > shape.max_length:
         raise DataError(
             f"data.max_prompt_tokens + rollout.max_new_tokens = {need}; the model holds {shape.max_length} tokens"
         )
     stats = {}
-    for name in ("prompts", "held_out"):
+    for name, (key, _) in prompt_sets(config).items():
         rows, limit = stored_rows(data / f"{name}.parquet"), config.data.max_prompt_tokens
-        ids = tokenize_prompts(rows, tokenizer, key=f"data.{name}", max_prompt_tokens=limit)
+        ids = tokenize_prompts(rows, tokenizer, key=key, max_prompt_tokens=limit)
         write_prompts(rows, ids, folder / f"{name}.parquet")
         stats[name] = prompt_report(ids)
     return stats
+
+
+def _write_held_out(config: RunConfig, data: Path, folder: Path, encoder: Encoder) -> None:
+    """The held-out rows of an offline recipe, tokenised as its training rows are; none of them may be unfit."""
+    if config.method.name == "grpo":
+        return
+    units: list[Unit] = []
+    for number, found in enumerate(encoder(stored_rows(data / "held_out.parquet"))):
+        if isinstance(found, RowError) and found.reason not in CHOSEN_DROPS:
+            raise DataError(f"data.held_out, row {number}: {found}")
+        units += [] if isinstance(found, RowError) else found
+    if not units:
+        raise DataError("data.held_out: no row is left to evaluate on; raise data.pack_tokens, or bring shorter rows")
+    write_units(((unit, None) for unit in units), folder / HELD_OUT_UNITS)
 
 
 def _training_set(
@@ -105,8 +127,7 @@ def _training_set(
     if not raw:
         return [], None, []
     if config.data.tokenize == "online":
-        held_out = stored_rows(data / "held_out.parquet")
-        stream = pack_stream(config, record_units(config, raw, encoder, held_out=held_out), raw)
+        stream = pack_stream(config, record_units(config, raw, encoder, reserved=reserved_hashes(data)), raw)
         return raw, stream, [source_report(entry, source) for entry, source in _pairs(config, raw)]
     counts = [Counts.total([p["counts"] for p in parts if p["source"] == n]) for n in range(len(raw))]
     check_budget(counts, max_bad_rows=config.data.max_bad_rows)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import storage
-from posttrain.config import RunConfig
+from posttrain.config import Distill, Origin, RunConfig
+from posttrain.config_file import RECIPES
 from posttrain.data.source import check_source
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.manifest import json_sha256
 from posttrain.plugin import resolve
+from steps.recipes import measure_names, prompt_sets, trains_on_rows
 
 LIBRARIES = ("posttrain", "torch", "transformers", "ray", "metaflow", "pydantic", "numpy", "vllm")
 
@@ -28,8 +30,11 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
         ConfigError: lists everything that does not resolve.
     """
     problems: list[str] = []
-    for check in (_check_plugins, _check_sources, _check_model, _check_devices):
+    for check in (_check_plugins, _check_sources, _check_models, _check_gate, _check_devices):
         problems += check(config)
+    runs = flow.removesuffix("Flow").lower()
+    if runs in RECIPES and runs != config.method.name:
+        problems.append(f"method.name: {flow} runs {runs}, the config is for {config.method.name}; start that flow")
     root = storage.join(_absolute(config.checkpoint.root or "runs"), flow, run_id)
     problems += _check_writable(root)
     if problems:
@@ -49,7 +54,7 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
 
 
 def _check_plugins(config: RunConfig) -> list[str]:
-    plugins = {"reward.function": config.reward.function}
+    plugins = {} if config.reward is None else {"reward.function": config.reward.function}
     if ":" in config.rollout.generator:
         plugins["rollout.generator"] = config.rollout.generator
     problems = []
@@ -65,8 +70,8 @@ def _check_plugins(config: RunConfig) -> list[str]:
 
 
 def _check_sources(config: RunConfig) -> list[str]:
-    sources = {"data.prompts": config.data.prompts, "data.held_out": config.data.held_out}
-    if config.warmup:
+    sources = {key: source for key, source in prompt_sets(config).values()} | {"data.held_out": config.data.held_out}
+    if trains_on_rows(config):
         sources |= {f"data.sources[{number}]": source.path for number, source in enumerate(config.data.sources)}
     problems = []
     for key, source in sources.items():
@@ -77,19 +82,35 @@ def _check_sources(config: RunConfig) -> list[str]:
     return problems
 
 
-def _check_model(config: RunConfig) -> list[str]:
-    path = config.model.path
+def _check_models(config: RunConfig) -> list[str]:
+    problems = _check_origin(config.model, "model")
+    if isinstance(config.method, Distill):
+        problems += _check_origin(config.method.teacher, "method.teacher")
+    return problems
+
+
+def _check_origin(origin: Origin, key: str) -> list[str]:
+    path = origin.path
     if path is None:
         return []
     local = Path(path).expanduser()
     if storage.is_s3(path) or local.is_dir():
         file = storage.join(path, "config.json") if storage.is_s3(path) else str(local / "config.json")
-        return [] if storage.exists(file) else [f"model.path: {path} has no config.json"]
+        return [] if storage.exists(file) else [f"{key}.path: {path} has no config.json"]
     if path.startswith((".", "/", "~")):
-        return [f"model.path: {path} does not exist"]
-    if not config.model.revision:
-        return [f"model.path: {path} is no local folder; for a hub id set model.revision to its commit (40 hex digits)"]
+        return [f"{key}.path: {path} does not exist"]
+    if not origin.revision:
+        return [f"{key}.path: {path} is no local folder; for a hub id set {key}.revision to its commit (40 hex digits)"]
     return []
+
+
+def _check_gate(config: RunConfig) -> list[str]:
+    known = measure_names(config)
+    return [
+        f"eval.gate.{name}: no measure of this run; it has {', '.join(known)}"
+        for name in config.eval.gate
+        if name not in known
+    ]
 
 
 def _check_devices(config: RunConfig) -> list[str]:

@@ -9,20 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import storage
-from posttrain.config import RunConfig
+from posttrain.config import Distill, FreshModel, Origin, RunConfig
 from posttrain.data.record_checks import question_hash
 from posttrain.data.source import Source, as_files, read_rows, stored_rows, write_rows
+from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
-from posttrain.errors import ModelError, RowError
+from posttrain.errors import DataError, ModelError, RowError
 from posttrain.manifest import MANIFEST, read_manifest
 from posttrain.model.backend import backend_of
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.heads import FOLDER as HEADS
+from steps.recipes import prompt_sets, rows_of, trains_on_rows
 from steps.streams import row_reader, shares_of, store_sources, stored_sources
 
 TEXT_FILES = (".json", ".jinja", ".txt", ".model")
 """What a model's folder holds beside its weights: config, tokenizer, chat template."""
+
+ROW_SETS = ("prompts", "held_out", "questions")
+"""Of the rows that are not streamed; a run has those that its recipe reads."""
+
+MESSAGES = ("messages", "prompt", "chosen", "rejected")
+"""Columns of a row that hold messages."""
 
 VOCABULARY_ROWS = 100_000
 """Rows of each source that a fresh model's tokenizer is trained on."""
@@ -34,6 +42,7 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
     Returns:
         data: uri, rows per set and sha256 per file.
         model: uri and architecture.
+        teacher_uri: of a distillation, else None.
         parts: shares of tokenising the training sources, [source, first block, end block].
 
     Raises:
@@ -43,12 +52,17 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
     data_uri, model_uri = storage.join(root, "data"), storage.join(root, "model")
     storage.ensure_folder(data_uri, lambda folder: write_data(config, root=root, folder=folder))
     folder = storage.fetch(data_uri)
-    rows = {name: stored_rows(folder / f"{name}.parquet") for name in ("prompts", "held_out")}
+    rows = row_sets(folder)
     sources = stored_sources(folder)
     storage.ensure_folder(
         model_uri, lambda target: _write_model(config, target, vocabulary_texts(config, rows, sources))
     )
     shape = backend_of(config.model.backend).shape(storage.fetch(model_uri))
+    teacher_uri = None
+    if isinstance(config.method, Distill):
+        teacher_uri, teacher = storage.join(root, "teacher"), config.method.teacher
+        student = storage.fetch(model_uri)
+        storage.ensure_folder(teacher_uri, lambda target: _write_teacher(config, teacher, target, student))
     files = read_manifest(folder)["files"]
     return {
         "data": {
@@ -57,13 +71,14 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
             "sha256": {name: entry["sha256"] for name, entry in files.items()},
         },
         "model": {"uri": model_uri, "family": shape.family, "hidden_size": shape.hidden_size},
+        "teacher_uri": teacher_uri,
         "parts": shares_of(sources) if config.data.tokenize == "ahead" else shares_of([]),
     }
 
 
 def open_sources(config: RunConfig, *, root: str) -> list[Source]:
     """The training sources of the config, indexed; the rows of a function become a file below `root`."""
-    if config.warmup is None:
+    if not trains_on_rows(config):
         return []
     return [
         as_files(
@@ -77,29 +92,38 @@ def open_sources(config: RunConfig, *, root: str) -> list[Source]:
 
 
 def write_data(config: RunConfig, *, root: str, folder: Path) -> None:
-    """Write the rows of prompts and held-out questions, and the index of the training sources, into `folder`."""
-    held_out = read_rows(config.data.held_out, key="data.held_out", seed=config.seed, wanted="prompt")
-    reserved = frozenset(question_hash(row) for row in held_out)
-    prompts = read_rows(config.data.prompts, key="data.prompts", seed=config.seed, wanted="prompt", held_out=reserved)
+    """Write held-out rows, prompts and questions, and the index of the training sources, into `folder`."""
+    kind, seed = rows_of(config).held_out, config.seed
+    held_out = read_rows(config.data.held_out, key="data.held_out", seed=seed, wanted=kind)
     write_rows(held_out, folder / "held_out.parquet")
-    write_rows(prompts, folder / "prompts.parquet")
+    reserved = frozenset(question_hash(row) for row in held_out) if kind == "prompt" else frozenset()
+    for name, (key, source) in prompt_sets(config).items():
+        if name != "held_out":
+            rows = read_rows(source, key=key, seed=seed, wanted="prompt", held_out=reserved)
+            write_rows(rows, folder / f"{name}.parquet")
     store_sources(open_sources(config, root=root), folder)
+
+
+def row_sets(folder: Path) -> dict[str, list[Row]]:
+    """The sets of rows that write_data() wrote, by name."""
+    return {name: stored_rows(path) for name in ROW_SETS if (path := folder / f"{name}.parquet").exists()}
 
 
 def vocabulary_texts(config: RunConfig, rows: dict[str, list[Row]], sources: Sequence[Source]) -> Iterator[str]:
     """What a fresh model's tokenizer learns its vocabulary from. Bad rows are left out here, and counted later."""
-    readers = [row_reader(entry) for entry in config.data.sources]
-    found = [each for name in ("held_out", "prompts") for each in rows[name]]
+    wanted = rows_of(config).wanted
+    readers = [row_reader(entry, wanted) for entry in config.data.sources]
+    found = [each for name in ("held_out", "prompts", "questions") for each in rows.get(name, ())]
     for source, read in zip(sources, readers, strict=False):
         for _, _, record in islice(source.in_order(), VOCABULARY_ROWS):
             with suppress(RowError):
                 found.append(read(record))
     for row in found:
-        for message in row["messages"]:
+        for message in (each for column in MESSAGES for each in row.get(column, ())):
             yield f"{message['role']}\n{message['content'] or ''}\n"
 
 
-def model_folder(path: str, revision: str | None, *, suffixes: tuple[str, ...]) -> Path:
+def model_folder(path: str, revision: str | None, *, suffixes: tuple[str, ...], key: str = "model") -> Path:
     """The model's files that end in one of `suffixes` on this machine, downloaded if they are not.
 
     Raises:
@@ -117,28 +141,77 @@ def model_folder(path: str, revision: str | None, *, suffixes: tuple[str, ...]) 
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"model.path: cannot download {path} at revision {revision}: {reason}") from None
+        raise ModelError(f"{key}.path: cannot download {path} at revision {revision}: {reason}") from None
 
 
 def _write_model(config: RunConfig, folder: Path, texts: Iterator[str]) -> None:
-    if config.model.fresh:
-        size = train_tokenizer(texts, folder, vocab_size=config.model.fresh.vocab_size)
-        shape = config.model.fresh.model_dump(exclude={"vocab_size"})
-        shape |= {"mlp_size": 4 * config.model.fresh.hidden_size, "max_length": config.data.pack_tokens}
-        build_model(folder, fresh_config(vocab_size=size, **shape), seed=config.seed)
+    fresh, method = config.model.fresh, config.method
+    if fresh is None:
+        _copy_model(config.model, folder, "model", config.model.backend)
         return
-    assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"
-    source = model_folder(config.model.path, config.model.revision, suffixes=(*TEXT_FILES, ".safetensors"))
-    backend_of(config.model.backend).shape(source)
+    if isinstance(method, Distill) and method.teacher.path is not None:
+        teacher = model_folder(method.teacher.path, method.teacher.revision, suffixes=TEXT_FILES)
+        size = backend_of("posttrain").shape(teacher).vocab_size
+        _copy_text(teacher, folder)  # a student writes in its teacher's tokens
+    else:
+        size = train_tokenizer(texts, folder, vocab_size=fresh.vocab_size)
+    _build_fresh(config, fresh, folder, vocab_size=size, seed=config.seed)
+
+
+def _write_teacher(config: RunConfig, teacher: Origin, folder: Path, student: Path) -> None:
+    """The teacher of a distillation, over the student's tokens.
+
+    Raises:
+        DataError: its tokenizer means another token by an id of the student's.
+    """
+    if teacher.fresh is not None:
+        _copy_text(student, folder)
+        size = backend_of("posttrain").shape(student).vocab_size
+        _build_fresh(config, teacher.fresh, folder, vocab_size=size, seed=config.seed + 1)
+        return
+    _copy_model(teacher, folder, "method.teacher", "posttrain")
+    check_same_tokens(student, folder)
+
+
+def check_same_tokens(student: Path, teacher: Path) -> None:
+    """Refuse a teacher whose distributions are over other tokens than the student's.
+
+    Raises:
+        DataError: names the first id by which the two mean different tokens.
+    """
+    mine, theirs = (BaseHFModelTokenizer(folder).hf.get_vocab() for folder in (student, teacher))
+    others = {number: token for token, number in theirs.items()}
+    for token, number in sorted(mine.items(), key=lambda item: item[1]):
+        if others.get(number) != token:
+            raise DataError(
+                f"method.teacher: id {number} is {token!r} for the student and {others.get(number)!r} for the teacher; "
+                "distillation compares distributions over the same tokens: choose models of one tokenizer"
+            )
+
+
+def _build_fresh(config: RunConfig, fresh: FreshModel, folder: Path, *, vocab_size: int, seed: int) -> None:
+    shape = fresh.model_dump(exclude={"vocab_size"})
+    shape |= {"mlp_size": 4 * fresh.hidden_size, "max_length": config.data.pack_tokens}
+    build_model(folder, fresh_config(vocab_size=vocab_size, **shape), seed=seed)
+
+
+def _copy_text(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
-        if path.suffix == ".safetensors":
-            _link(path.resolve(), folder / path.name)
-        elif path.suffix in TEXT_FILES and path.name != MANIFEST:
+        if path.suffix in TEXT_FILES and path.name != MANIFEST:
             shutil.copyfile(path, folder / path.name)
+
+
+def _copy_model(origin: Origin, folder: Path, key: str, backend: str) -> None:
+    assert origin.path is not None, "the config's own check lets exactly one of path and fresh through"
+    source = model_folder(origin.path, origin.revision, suffixes=(*TEXT_FILES, ".safetensors"), key=key)
+    backend_of(backend).shape(source)
+    for path in sorted(source.glob("*.safetensors")):
+        _link(path.resolve(), folder / path.name)
+    _copy_text(source, folder)
     if Path(source, HEADS).is_dir():
         shutil.copytree(source / HEADS, folder / HEADS)
     if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"model.path: {config.model.path} holds no .safetensors file")
+        raise ModelError(f"{key}.path: {origin.path} holds no .safetensors file")
 
 
 def _link(source: Path, target: Path) -> None:

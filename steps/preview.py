@@ -6,14 +6,14 @@ from typing import Any
 
 from posttrain.config import RunConfig
 from posttrain.data.prompts import tokenize_prompts
-from posttrain.data.source import stored_rows
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.model.backend import backend_of
 from steps.data_report import first_window_report, prompt_report, source_report
-from steps.prepare import TEXT_FILES, model_folder, vocabulary_texts, write_data
-from steps.streams import PROVED_ROWS, make_encoder, pack_stream, record_units, stored_sources
+from steps.prepare import TEXT_FILES, model_folder, row_sets, vocabulary_texts, write_data
+from steps.recipes import prompt_sets
+from steps.streams import PROVED_ROWS, make_encoder, pack_stream, record_units, reserved_hashes, stored_sources
 
 
 def preview(config: RunConfig) -> dict[str, Any]:
@@ -26,8 +26,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
         root = Path(name)
         (root / "data").mkdir()
         write_data(config, root=name, folder=root / "data")
-        rows = {each: stored_rows(root / "data" / f"{each}.parquet") for each in ("prompts", "held_out")}
-        return _report(config, root, rows)
+        return _report(config, root, row_sets(root / "data"))
 
 
 def _report(config: RunConfig, root: Path, rows: dict[str, list[Row]]) -> dict[str, Any]:
@@ -43,13 +42,13 @@ def _report(config: RunConfig, root: Path, rows: dict[str, list[Row]]) -> dict[s
         shape = backend_of(config.model.backend).shape(folder)
     tokenizer = BaseHFModelTokenizer(folder)
     encoder = make_encoder(config, tokenizer, shape, prove=PROVED_ROWS)
-    units = record_units(config, sources, encoder, held_out=rows["held_out"])
+    units = record_units(config, sources, encoder, reserved=reserved_hashes(root / "data"))
     stream = pack_stream(config, units, sources) if sources else None
     described = [source_report(entry, source) for entry, source in zip(config.data.sources, sources, strict=False)]
     limit = config.data.max_prompt_tokens
     prompts = {
-        name: prompt_report(tokenize_prompts(found, tokenizer, key=f"data.{name}", max_prompt_tokens=limit))
-        for name, found in rows.items()
+        name: prompt_report(tokenize_prompts(rows[name], tokenizer, key=key, max_prompt_tokens=limit))
+        for name, (key, _) in prompt_sets(config).items()
     }
     return {
         "scope": "the first 1,024 draws",

@@ -2,12 +2,7 @@
 
 from typing import Any
 
-MEASURES = {
-    "greedy_reward": "reward, greedy",
-    "sampled_reward": "reward, sampled",
-    "best_reward": "reward, best of k",
-    "mean_tokens": "tokens per completion",
-}
+from posttrain.workflow.measures import LABELS, measured
 
 
 def report(*, evaluation: dict[str, dict[str, Any]], before: str, after: str, export_uri: str) -> dict[str, Any]:
@@ -16,15 +11,17 @@ def report(*, evaluation: dict[str, dict[str, Any]], before: str, after: str, ex
     from rich.table import Table
 
     old, new = evaluation[before], evaluation[after]
-    table = Table(title=f"Held-out rows: {new['rows']}, k = {new['samples']}")
+    title = f"Held-out rows: {new['rows']}" + (f", k = {new['samples']}" if "samples" in new else "")
+    table = Table(title=title)
     for heading in ("", before, after, "change"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = []
-    for name, label in MEASURES.items():
+    for name in measured(evaluation):
         change = round(new[name] - old[name], 4)
         rows.append({"measure": name, "before": old[name], "after": new[name], "change": change})
-        table.add_row(label, f"{old[name]:.3f}", f"{new[name]:.3f}", f"{change:+.3f}")
+        table.add_row(LABELS[name], f"{old[name]:.3f}", f"{new[name]:.3f}", f"{change:+.3f}")
     console = Console(width=100)
     console.print(table)
     print(f"exported model: {export_uri}", flush=True)
-    return {"rows": rows, "sampled_reward_gain": round(new["sampled_reward"] - old["sampled_reward"], 4)}
+    gains = [row["change"] for row in rows if row["measure"] == "sampled_reward"]
+    return {"rows": rows, **({"sampled_reward_gain": gains[0]} if gains else {})}

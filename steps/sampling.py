@@ -6,25 +6,27 @@ from posttrain import storage
 from posttrain.compute.generator.transformers import TransformersGenerator
 from posttrain.compute.workers import ActorGroup
 from posttrain.config import RunConfig
+from posttrain.config_method import GRPO
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
 from posttrain.workflow.rollouts import Prompts, RewardPool, RolloutMaker, Sampling, Shaping
 from steps.hardware import Hardware
+from steps.recipes import prompt_sets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutParts:
-    """A generator, a reward process, and the prompts."""
+    """A generator, a reward process, and the sets of prompts by name."""
 
     generators: ActorGroup
     maker: RolloutMaker
-    prompts: Prompts
-    held_out: Prompts
+    sets: dict[str, Prompts]
 
 
 async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, resources: Hardware) -> RolloutParts:
     """Start a generator of `model_uri`'s architecture and a reward process, and read the prompts."""
+    assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     choice = config.rollout.generator
     cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
@@ -43,8 +45,17 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
             timeout_s=config.rollout.timeout_s,
         ),
         max_reward_failures=config.reward.max_failures,
-        shaping=Shaping(overlong_tokens=config.method.overlong_tokens, replace_silent=config.method.replace_silent),
+        shaping=_shaping(config),
     )
     folder = storage.fetch(tokens_uri)
-    sets = {n: Prompts(*read_prompts(folder / f"{n}.parquet"), seed=config.seed) for n in ("prompts", "held_out")}
-    return RolloutParts(generators=generators, maker=maker, **sets)
+    names = prompt_sets(config)
+    sets = {name: Prompts(*read_prompts(folder / f"{name}.parquet"), seed=config.seed) for name in names}
+    return RolloutParts(generators=generators, maker=maker, sets=sets)
+
+
+def _shaping(config: RunConfig) -> Shaping:
+    """RL's treatment of groups; the other recipes sample for their evaluation alone."""
+    method = config.method
+    if not isinstance(method, GRPO):
+        return Shaping()
+    return Shaping(overlong_tokens=method.overlong_tokens, replace_silent=method.replace_silent)

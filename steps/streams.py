@@ -10,45 +10,52 @@ from posttrain import storage
 from posttrain.config import DataSource, RunConfig
 from posttrain.data.encode import Encoder
 from posttrain.data.mixture import Mixture, Part
-from posttrain.data.prompts import read_prompts
 from posttrain.data.record_checks import question_hash
 from posttrain.data.records import Format
 from posttrain.data.row_reader import RowReader
-from posttrain.data.source import Source
-from posttrain.data.stream import PackStream, Units, UnitSource
+from posttrain.data.source import Source, stored_rows
+from posttrain.data.stream import ChosenUnits, PackStream, Units, UnitSource
 from posttrain.data.token_files import TokenUnits
 from posttrain.data.tokenizer import BaseHFModelTokenizer
-from posttrain.data.types import Row
 from posttrain.errors import DataError
 from posttrain.model.backend import backend_of
 from posttrain.model.families import DecoderConfig
+from steps.recipes import WARMUP, rows_of
 
-WANTED = "conversation"
-"""What the records of data.sources are read as."""
+RESERVED = "reserved.json"
+"""Hashes of the held-out questions, beside the tokens."""
+
+HELD_OUT_UNITS = "held_out_units.parquet"
+"""What an offline recipe is evaluated on, tokenised."""
 
 PROVED_ROWS = 256
 """Rows whose prompt is rendered a second time, to prove that it is served as it was trained."""
 
 
-def open_stream(config: RunConfig, *, tokens_uri: str, model_uri: str) -> PackStream:
-    """The stream of the warm-up, in any process: a function of the config and the two folders alone.
+def open_stream(config: RunConfig, *, tokens_uri: str, model_uri: str, stage: str = WARMUP) -> PackStream:
+    """The stream of a stage, in any process: a function of the config and the two folders alone.
 
     Args:
         tokens_uri: what the step merge_tokens published.
+        stage: the warm-up on pairs draws their chosen answers only.
     """
     folder = storage.fetch(tokens_uri)
     sources = stored_sources(folder)
+    chosen_only = stage == WARMUP and rows_of(config).wanted == "preference"
     if config.data.tokenize == "ahead":
-        return pack_stream(config, token_units(config, sources), sources)
-    rows, _ = read_prompts(folder / "held_out.parquet")
+        return pack_stream(config, token_units(config, sources), sources, chosen_only=chosen_only)
+    reserved = frozenset(map(bytes.fromhex, json.loads((folder / RESERVED).read_text())))
     model_folder = storage.fetch(model_uri)
     encoder = make_encoder(
         config, BaseHFModelTokenizer(model_folder), backend_of(config.model.backend).shape(model_folder)
     )
-    return pack_stream(config, record_units(config, sources, encoder, held_out=rows), sources)
+    units = record_units(config, sources, encoder, reserved=reserved)
+    return pack_stream(config, units, sources, chosen_only=chosen_only)
 
 
-def pack_stream(config: RunConfig, units: Sequence[Units], sources: Sequence[Source]) -> PackStream:
+def pack_stream(
+    config: RunConfig, units: Sequence[Units], sources: Sequence[Source], *, chosen_only: bool = False
+) -> PackStream:
     """Sources mixed as the config says."""
     parts = [
         Part(
@@ -60,6 +67,7 @@ def pack_stream(config: RunConfig, units: Sequence[Units], sources: Sequence[Sou
         for entry, source in zip(config.data.sources, sources, strict=True)
     ]
     mixture = Mixture(parts, seed=config.seed)
+    units = [ChosenUnits(each) for each in units] if chosen_only else units
     return PackStream(mixture, units, pack_tokens=config.data.pack_tokens, seed=config.seed)
 
 
@@ -69,20 +77,24 @@ def token_units(config: RunConfig, sources: Sequence[Source]) -> list[TokenUnits
 
 
 def record_units(
-    config: RunConfig, sources: Sequence[Source], encoder: Encoder, *, held_out: Sequence[Row]
+    config: RunConfig, sources: Sequence[Source], encoder: Encoder, *, reserved: frozenset[bytes]
 ) -> list[UnitSource]:
-    """Raw sources, tokenised as they are drawn; a row that asks what a held-out row asks is refused."""
-    reserved = frozenset(question_hash(row) for row in held_out)
+    """Raw sources, tokenised as they are drawn; a row that asks what a held-out row asks is refused.
+
+    Args:
+        reserved: hashes of what held-out rows ask.
+    """
+    wanted = rows_of(config).wanted
     return [
-        UnitSource(source, encoder, read=row_reader(entry, held_out=reserved), seed=config.seed, number=number)
+        UnitSource(source, encoder, read=row_reader(entry, wanted, held_out=reserved), seed=config.seed, number=number)
         for number, (entry, source) in enumerate(zip(config.data.sources, sources, strict=True))
     ]
 
 
-def row_reader(entry: DataSource, *, held_out: frozenset[bytes] = frozenset()) -> RowReader:
+def row_reader(entry: DataSource, wanted: str, *, held_out: frozenset[bytes] = frozenset()) -> RowReader:
     """What reads one source's records."""
     format = Format(entry.format) if entry.format else None
-    return RowReader(wanted=WANTED, format=format, role_map=entry.role_map, held_out=held_out)
+    return RowReader(wanted=wanted, format=format, role_map=entry.role_map, held_out=held_out)
 
 
 def make_encoder(
@@ -100,9 +112,11 @@ def make_encoder(
     if shape is not None:
         check_ids(tokenizer, shape)
         limit = min(limit, shape.max_length)
+    rows = rows_of(config)
     return Encoder(
         tokenizer,
-        wanted=WANTED,
+        wanted=rows.wanted,
+        scored=rows.scored,
         pack_tokens=limit,
         over_long=config.data.over_long,
         train_on=config.data.train_on,
@@ -121,6 +135,15 @@ def check_ids(tokenizer: BaseHFModelTokenizer, shape: DecoderConfig) -> None:
             f"the tokenizer writes ids up to {tokenizer.max_id}, the model has {shape.vocab_size} embedding rows; "
             "bring the tokenizer that the model was trained with"
         )
+
+
+def reserved_hashes(folder: Path) -> frozenset[bytes]:
+    """What the held-out rows and the questions of an evaluation ask, from the folder that prepare wrote.
+
+    No row that asks one of these may be trained on.
+    """
+    sets = [folder / f"{name}.parquet" for name in ("held_out", "questions")]
+    return frozenset(question_hash(row) for path in sets if path.exists() for row in stored_rows(path))
 
 
 def stored_sources(folder: Path) -> list[Source]:

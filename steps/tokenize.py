@@ -11,14 +11,13 @@ from posttrain import storage
 from posttrain.config import RunConfig
 from posttrain.data.counts import Counts, check_budget
 from posttrain.data.record_checks import row_hash
-from posttrain.data.source import stored_rows
 from posttrain.data.stream import UnitSource
 from posttrain.data.token_files import write_units
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Unit
 from posttrain.errors import RowError
 from posttrain.model.backend import backend_of
-from steps.streams import PROVED_ROWS, make_encoder, record_units, stored_sources
+from steps.streams import PROVED_ROWS, make_encoder, record_units, reserved_hashes, stored_sources
 
 BATCH_ROWS = 1024
 """Rows that are tokenised in one call."""
@@ -53,8 +52,7 @@ def _source(config: RunConfig, data_uri: str, model_uri: str, number: int) -> Un
     data, model = storage.fetch(data_uri), storage.fetch(model_uri)
     tokenizer = BaseHFModelTokenizer(model)
     encoder = make_encoder(config, tokenizer, backend_of(config.model.backend).shape(model), prove=PROVED_ROWS)
-    held_out = stored_rows(data / "held_out.parquet")
-    return record_units(config, stored_sources(data), encoder, held_out=held_out)[number]
+    return record_units(config, stored_sources(data), encoder, reserved=reserved_hashes(data))[number]
 
 
 def _units(config: RunConfig, source: UnitSource, blocks: range, counts: Counts) -> Iterator[tuple[Unit, int | None]]:

@@ -1,8 +1,9 @@
-"""A stream of packs trains a model, for the offline losses. Today: supervised fine-tuning, the warm-up of GRPO."""
+"""A stream of packs trains a model: the recipes on rows, and the supervised warm-up before any recipe."""
 
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,15 +13,33 @@ from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.compute.data_workers import window_workers
 from posttrain.config import RunConfig
 from posttrain.data.loader import loading
+from posttrain.data.pack import pack
+from posttrain.data.token_files import read_units
+from posttrain.data.types import Pack
 from posttrain.manifest import json_sha256
-from posttrain.model.losses.sft import SFTLoss
+from posttrain.workflow.held_out import HeldOut
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.loop import LoopPlan
 from posttrain.workflow.loop import train as run_loop
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy, Training
-from steps.hardware import hardware
-from steps.streams import open_stream
+from steps.annotate import annotate, needs_reference
+from steps.hardware import Hardware, hardware
+from steps.recipes import WARMUP, build_of, loss_of, packs_per_step, training_of
+from steps.streams import HELD_OUT_UNITS, open_stream
+
+SHOWN = ["loss", "accuracy", "margin", "eval/loss", "eval/accuracy", "grad_norm"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the steps before left, for one stage of training."""
+
+    root: str
+    model_uri: str
+    tokens_uri: str
+    teacher_uri: str | None
+    stage: str
 
 
 def train(
@@ -29,90 +48,125 @@ def train(
     root: str,
     model_uri: str,
     tokens_uri: str,
+    teacher_uri: str | None = None,
+    recipe: bool = False,
+    gang: Gang | None = None,
     observers: Sequence[Observer] = (),
-) -> dict[str, Any]:
-    """Warm up by supervised fine-tuning, or pass the model on when the config has no warm-up.
+) -> dict[str, Any] | None:
+    """Train the recipe, or warm up for it; passes the model on when the config has no warm-up.
+
+    Args:
+        teacher_uri: of a distillation; one drawn at random is what the warm-up trains.
+        recipe: the recipe itself, in place of its warm-up.
 
     Returns:
-        model_uri of the result, and the loss at both ends.
+        model_uri and teacher_uri for what comes next, tokens_uri that was trained on, and the loss at both ends; None
+        on a node that only lent its hardware.
     """
-    if config.warmup is None:
-        return {"model_uri": model_uri, "steps": 0}
+    stage = config.method.name if recipe else WARMUP
+    inputs = Inputs(root=root, model_uri=model_uri, tokens_uri=tokens_uri, teacher_uri=teacher_uri, stage=stage)
+    if not recipe and config.warmup is None:
+        return {"model_uri": model_uri, "teacher_uri": teacher_uri, "steps": 0}
     resources = hardware(config.parallel)
-    with ray_cluster(Gang(), **resources.cluster):
-        return asyncio.run(_train(config, root, model_uri, tokens_uri, list(observers), resources))
+    with ray_cluster(gang or Gang(), **resources.cluster) as driving:
+        if not driving:
+            return None
+        if recipe or teacher_uri is None or config.method.name != "distill" or not config.method.teacher.fresh:
+            return asyncio.run(_train(config, inputs, list(observers), resources))
+        # The student's turn has not come: the warm-up makes its teacher.
+        alone = Inputs(root=root, model_uri=teacher_uri, tokens_uri=tokens_uri, teacher_uri=None, stage=stage)
+        found = asyncio.run(_train(config, alone, list(observers), resources))
+        return found | {"model_uri": model_uri, "teacher_uri": found["model_uri"]}
 
 
-async def _train(config, root, model_uri, tokens_uri, observers, resources) -> dict[str, Any]:
-    warmup = config.warmup
-    steps = warmup.num_steps
-    seen = Observers(
-        [
-            Terminal("warmup", steps, ["loss", "grad_norm"], every=max(1, steps // 10)),
-            MetricsFile(storage.join(root, "metrics", "warmup.jsonl")),
-            *observers,
-        ]
-    )
-    training = Training(
-        **config.optim.model_dump(exclude={"num_steps", "lr", "schedule", "warmup_steps"}),
-        num_steps=steps,
-        lr=warmup.lr,
-        schedule="linear",
-        warmup_steps=min(config.optim.warmup_steps, steps),
-        pack_tokens=config.data.pack_tokens,
-    )
-    policy = await Policy.launch(
-        ranks=resources.ranks_on_one_node,
-        model_uri=model_uri,
-        backend=config.model.backend,
-        training=training,
-        reference=False,
-        timeout_s=config.rollout.timeout_s,
-        pool=resources.policy,
-    )
+async def _train(config: RunConfig, inputs: Inputs, observers: list[Observer], resources: Hardware) -> dict[str, Any]:
+    stage, training = inputs.stage, training_of(config, inputs.stage)
+    steps, recipe = training.num_steps, inputs.stage != WARMUP
+    metrics_uri = storage.join(inputs.root, "metrics", f"{stage}.jsonl")
+    terminal = Terminal(stage, steps, SHOWN, every=max(1, steps // 10))
+    seen = Observers([terminal, MetricsFile(metrics_uri), *observers])
+    policy = await _launch(config, inputs, training, resources)
+    tokens_uri = inputs.tokens_uri
+    if recipe and needs_reference(config):
+        tokens_uri = await annotate(config, policy, root=inputs.root, tokens_uri=tokens_uri)
+    held_out = None
+    if recipe:
+        best = storage.join(inputs.root, "best_models") if config.eval.deliver == "best" else None
+        packs = held_out_packs(config, tokens_uri)
+        held_out = HeldOut(packs, every_steps=config.eval.every_steps, num_steps=steps, best_uri=best)
+    ledger_uri = storage.join(inputs.root, "ledger", f"{stage}.jsonl")
     with ExitStack() as stack:
         ledger = await run_loop(
             LoopPlan(
                 num_steps=steps,
-                packs_per_step=warmup.packs_per_step,
+                packs_per_step=packs_per_step(config, stage),
                 pack_tokens=config.data.pack_tokens,
                 checkpoint_every=config.checkpoint.every_steps,
                 checkpoint_seconds=config.checkpoint.every_minutes * 60,
             ),
             policy=policy,
-            load=_loading(config, stack, model_uri, tokens_uri, workers=resources.data_workers),
-            loss=SFTLoss(),
-            checkpoints=_checkpoints(config, root, model_uri, tokens_uri),
-            ledger_file=stack.enter_context(closing(LedgerFile(storage.join(root, "ledger", "warmup.jsonl")))),
+            load=_loading(config, stack, inputs, tokens_uri, workers=resources.data_workers),
+            loss=loss_of(config, stage),
+            checkpoints=_checkpoints(config, inputs),
+            ledger_file=stack.enter_context(closing(LedgerFile(ledger_uri))),
             observers=seen,
+            held_out=held_out,
         )
+    last = await policy.export(storage.join(inputs.root, "trained_model" if recipe else "warmup_model"))
+    best_uri = held_out.best(seen.history)[0] if held_out else None
     return {
-        "model_uri": await policy.export(storage.join(root, "warmup_model")),
+        "model_uri": best_uri or last,
+        "teacher_uri": inputs.teacher_uri,
+        "tokens_uri": tokens_uri,
         "steps": steps,
         "loss_first": round(seen.history[0]["loss"], 4),
         "loss_last": round(seen.history[-1]["loss"], 4),
+        "metrics": metrics_uri,
         "ledger": ledger.state(),
     }
 
 
-def _loading(config, stack, model_uri, tokens_uri, *, workers):
+def held_out_packs(config: RunConfig, tokens_uri: str) -> list[Pack]:
+    """What an offline recipe is evaluated on."""
+    return pack(read_units(storage.fetch(tokens_uri) / HELD_OUT_UNITS), pack_tokens=config.data.pack_tokens)
+
+
+async def _launch(config: RunConfig, inputs: Inputs, training: Training, resources: Hardware) -> Policy:
+    recipe = inputs.stage != WARMUP
+    return await Policy.launch(
+        ranks=config.parallel.data if recipe else resources.ranks_on_one_node,
+        model_uri=inputs.model_uri,
+        backend=config.model.backend,
+        training=training,
+        # Rows that are tokenised while training have no column to hold what a reference said of them.
+        reference=recipe and needs_reference(config) and config.data.tokenize == "online",
+        timeout_s=config.rollout.timeout_s,
+        pool=resources.policy,
+        build=build_of(config, inputs.teacher_uri) if recipe else None,
+    )
+
+
+def _loading(config: RunConfig, stack: ExitStack, inputs: Inputs, tokens_uri: str, *, workers: int):
     """A loader's state -> the loader; its windows are made by CPU actors where there are any, else by a thread."""
-    make = partial(open_stream, config, tokens_uri=tokens_uri, model_uri=model_uri)
+    make = partial(open_stream, config, tokens_uri=tokens_uri, model_uri=inputs.model_uri, stage=inputs.stage)
     timeout_s = config.rollout.timeout_s
     works = stack.enter_context(window_workers(make, count=workers, timeout_s=timeout_s)) if workers else []
     budget = config.data.max_bad_rows
     return lambda state: loading(make(), workers=works, max_bad_rows=budget, state=state, timeout_s=timeout_s)
 
 
-def _checkpoints(config: RunConfig, root: str, model_uri: str, tokens_uri: str) -> Checkpoints:
+def _checkpoints(config: RunConfig, inputs: Inputs) -> Checkpoints:
     """Checkpoints that only this config over these inputs may continue."""
-    shaping = config.model_dump(mode="json", include={"seed", "model", "data", "warmup", "optim"})
+    names = {"seed", "model", "data", "warmup", "optim"} | ({"method"} if inputs.stage != WARMUP else set())
     identity = {
-        "config": json_sha256(shaping),
-        "model": json_sha256(storage.manifest_of(model_uri)["files"]),
-        "tokens": json_sha256(storage.manifest_of(tokens_uri)["files"]),
+        "config": json_sha256(config.model_dump(mode="json", include=names)),
+        "model": json_sha256(storage.manifest_of(inputs.model_uri)["files"]),
+        "tokens": json_sha256(storage.manifest_of(inputs.tokens_uri)["files"]),
     }
-    return Checkpoints(storage.join(root, "checkpoints", "warmup"), identity=identity, keep=config.checkpoint.keep)
+    if inputs.teacher_uri is not None:
+        identity["teacher"] = json_sha256(storage.manifest_of(inputs.teacher_uri)["files"])
+    uri = storage.join(inputs.root, "checkpoints", inputs.stage)
+    return Checkpoints(uri, identity=identity, keep=config.checkpoint.keep)
 
 
 if __name__ == "__main__":

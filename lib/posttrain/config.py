@@ -9,54 +9,27 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config_data import Data, DataSource
+from posttrain.config_method import DPO, GRPO, SFT, Distill, Method, RewardModel
+from posttrain.config_model import FreshModel, LoRA, Model, Origin
 from posttrain.config_section import Plugin, Section
 
-__all__ = ["Data", "DataSource", "FreshModel", "Parallel", "RunConfig", "Section"]
-
-
-class FreshModel(Section):
-    """Shape of a small Qwen3 drawn at random, as long as a pack, with a tokenizer trained on the run's own data."""
-
-    hidden_size: int = Field(default=128, ge=8)
-    """Width of the residual stream; the SwiGLU's is four times as wide."""
-    num_layers: int = Field(default=4, ge=1)
-    """Transformer blocks."""
-    num_heads: int = Field(default=4, ge=1)
-    """Query heads; head_dim is hidden_size / num_heads."""
-    num_kv_heads: int = Field(default=2, ge=1)
-    """Key and value heads, shared by groups of query heads."""
-    vocab_size: int = Field(default=512, ge=300)
-    """Upper bound for the trained tokenizer; the byte alphabet alone takes 259."""
-
-    @model_validator(mode="after")
-    def heads_divide(self):
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}, "
-                f"and num_heads of num_kv_heads={self.num_kv_heads}"
-            )
-        return self
-
-
-class Model(Section):
-    """Which weights to start from: `path`, or `fresh`."""
-
-    path: str | None = None
-    """Hugging Face model folder (local or s3://), or a hub id."""
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
-    """Hub commit, 40 hex digits; needed with a hub id, so that a run can be repeated."""
-    fresh: FreshModel | None = None
-    """Build a small model instead of loading one."""
-    backend: Literal["posttrain", "transformers"] = "posttrain"
-    """posttrain's own decoder, or transformers' class for an architecture that it does not define: slower, and refused
-    where packed training cannot be proved right."""
-
-    @model_validator(mode="after")
-    def one_source(self):
-        if (self.path is None) == (self.fresh is None):
-            state = "both are" if self.path else "neither is"
-            raise ValueError(f"set exactly one of path and fresh ({state} set); null drops one that the base has")
-        return self
+__all__ = [
+    "DPO",
+    "GRPO",
+    "SFT",
+    "Data",
+    "DataSource",
+    "Distill",
+    "FreshModel",
+    "LoRA",
+    "Method",
+    "Model",
+    "Origin",
+    "Parallel",
+    "RewardModel",
+    "RunConfig",
+    "Section",
+]
 
 
 class Warmup(Section):
@@ -68,41 +41,6 @@ class Warmup(Section):
     """Packs in one optimizer step, over all ranks."""
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate; decays linearly to zero."""
-
-
-class GRPO(Section):
-    """On-policy policy gradient over groups of completions; docs/rl.md names the published methods by their keys."""
-
-    name: Literal["grpo"] = "grpo"
-    """The recipe."""
-    group_size: int = Field(default=8, ge=2)
-    """Completions sampled for each prompt; the group is its own baseline, so 1 has no signal."""
-    advantage: Literal["centered", "normalized", "leave_one_out", "batch_normalized"] = "centered"
-    """Reward less the group's mean; over the group's standard deviation; less the mean of the others; or over the
-    standard deviation of the whole step."""
-    loss: Literal["truncated", "clipped", "sequence"] = "truncated"
-    """What a token does that is less likely under the trainer than under the sampler, or likelier: keep its gradient
-    at a bounded weight; give none beyond `clip`; or the same with one ratio a completion."""
-    importance_cap: float = Field(default=2.0, ge=1)
-    """truncated: upper bound of a token's trainer/sampler probability ratio."""
-    clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] | None = None
-    """clipped, sequence: how far below and above 1 a ratio may be; null is 0.2 and 0.2, or 0.0003 and 0.0004."""
-    weigh: Literal["token", "sequence"] = "token"
-    """Every trained token counts the same, or every completion."""
-    kl_coef: float | None = Field(default=None, ge=0)
-    """Weight of KL(policy || start) in the loss; 0 only measures it, null keeps no reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of that KL, from the sampled tokens."""
-    overlong_tokens: int | None = Field(default=None, ge=1)
-    """The last so many of rollout.max_new_tokens cost reward, in a line down to -1."""
-    replace_silent: bool = False
-    """Sample other prompts in place of those whose completions all got the same reward."""
-
-    @model_validator(mode="after")
-    def clips_what_it_clips(self):
-        if self.clip is not None and self.loss == "truncated":
-            raise ValueError("clip does nothing with loss = truncated; set loss to clipped or sequence")
-        return self
 
 
 class Optim(Section):
@@ -198,9 +136,18 @@ class Eval(Section):
     """Measurement on held-out rows."""
 
     every_steps: int = Field(default=10, ge=1)
-    """Quick evaluation during training: one sample per row at the training temperature."""
+    """Quick evaluation during training: the loss on data.held_out; in RL one sample per row at the training
+    temperature."""
     samples: int = Field(default=4, ge=1)
     """Samples per row in the final evaluation, beside one greedy answer."""
+    prompts: str | None = None
+    """Questions that the models of an offline recipe are asked in the final evaluation, rows like data.prompts, never
+    trained on; `reward` scores the answers, and null asks none. RL asks data.held_out."""
+    gate: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
+    """Measure of the final evaluation -> by how much the trained model may be worse than the one it started from; else
+    the run fails before its export. {loss: 0} forbids any harm."""
+    deliver: Literal["last", "best"] = "last"
+    """Weights that an offline recipe hands on: the last, or those of the quick evaluation with the least loss."""
 
 
 class RunConfig(Section):
@@ -212,19 +159,23 @@ class RunConfig(Section):
     data: Data
     warmup: Warmup | None = None
     """null starts the recipe from the model as it is."""
-    method: GRPO = GRPO()
+    method: Method = GRPO()
     optim: Optim = Optim()
     rollout: Rollout = Rollout()
-    reward: Reward
+    reward: Reward | None = None
+    """Needed where completions are scored: by RL, and by eval.prompts."""
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
 
+    @property
+    def samples_completions(self) -> bool:
+        """Whether this run has a generator and a reward: in training, or in its evaluation."""
+        return self.method.name == "grpo" or self.eval.prompts is not None
+
     @model_validator(mode="after")
     def fits_together(self):
-        problems = [*self._rollout_problems(), *self._hardware_problems()]
-        if self.warmup and not self.data.sources:
-            problems.append("warmup needs data.sources; name one, or set warmup: null")
+        problems = [*self._missing(), *self._of_method(), *self._of_hardware()]
         if self.data.sources and not any(source.schedule[0][1] for source in self.data.sources):
             problems.append("data.sources: none has a weight above zero at draw 0; give one of them one")
         if self.optim.warmup_steps >= self.optim.num_steps and self.optim.schedule != "constant":
@@ -236,27 +187,52 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
-    def _rollout_problems(self) -> list[str]:
+    def _missing(self) -> list[str]:
+        """What this recipe needs and the config does not have."""
+        problems, name = [], self.method.name
+        if self.reward is None and self.samples_completions:
+            who = "method grpo" if name == "grpo" else "eval.prompts"
+            problems.append(f"reward: required, and not set; {who} has completions scored: set reward.function")
+        if name == "grpo" and self.data.prompts is None:
+            problems.append("data.prompts: required, and not set; method grpo trains on the answers to them")
+        if name != "grpo" and not self.data.sources:
+            problems.append(f"data.sources: required, and not set; method {name} trains on their rows")
+        if name == "grpo" and self.warmup and not self.data.sources:
+            problems.append("warmup needs data.sources; name one, or set warmup: null")
+        if isinstance(self.method, Distill) and self.method.teacher.fresh and not self.warmup:
+            problems.append("method.teacher.fresh knows nothing yet; set warmup, which trains it, or teacher.path")
+        return problems
+
+    def _of_method(self) -> list[str]:
+        """What the recipe and the other sections do not allow together."""
         problems = []
         need = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        if need > self.data.pack_tokens:
+        if self.samples_completions and need > self.data.pack_tokens:
             problems.append(
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {need} exceeds data.pack_tokens = "
                 f"{self.data.pack_tokens}: a rollout must fit in a pack"
             )
-        if (self.method.overlong_tokens or 0) > self.rollout.max_new_tokens:
+        if self.method.name == "grpo" and (self.method.overlong_tokens or 0) > self.rollout.max_new_tokens:
             problems.append(
                 f"method.overlong_tokens = {self.method.overlong_tokens} is more than rollout.max_new_tokens = "
                 f"{self.rollout.max_new_tokens}"
             )
-        if self.rollout.prompts_per_step % self.parallel.data:
+        if self.method.name == "grpo" and self.rollout.prompts_per_step % self.parallel.data:
             problems.append(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not divisible by parallel.data = "
                 f"{self.parallel.data}; choose a multiple, so that the ranks share a step evenly"
             )
+        if self.method.name == "grpo" and self.eval.prompts is not None:
+            problems.append("eval.prompts: RL is evaluated on data.held_out; remove eval.prompts")
+        if self.method.name == "reward" and self.eval.prompts is not None:
+            problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
+        if self.method.name in ("reward", "distill") and self.model.backend != "posttrain":
+            problems.append(f"model.backend = transformers: method {self.method.name} needs posttrain's own decoder")
+        if self.method.name in ("dpo", "reward") and self.data.over_long == "split":
+            problems.append("data.over_long = split: pairs cannot be split; choose error, drop or truncate")
         return problems
 
-    def _hardware_problems(self) -> list[str]:
+    def _of_hardware(self) -> list[str]:
         problems = []
         gpus = self.parallel.nodes * self.parallel.gpus_per_node
         if gpus and self.parallel.data > gpus:

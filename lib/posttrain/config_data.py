@@ -6,8 +6,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, fie
 
 from posttrain.config_section import Section
 
-Format = Literal["messages", "prompt_completion", "sharegpt", "alpaca", "text"]
-"""Forms of a conversation that posttrain/data/records.py reads; a text is one assistant turn."""
+Format = Literal["messages", "prompt_completion", "sharegpt", "alpaca", "text", "preference", "unpaired"]
+"""Forms of a record that posttrain/data/records.py reads: of a conversation (a text is one assistant turn), of a pair
+of answers, of an answer and its label."""
 
 
 class DataSource(Section):
@@ -50,10 +51,11 @@ class Data(Section):
 
     sources: tuple[DataSource, ...] = ()
     """Training rows of the offline recipes and the warm-up, mixed by weight; a string is one source."""
-    prompts: str
-    """Rows with `messages` or `prompt`, and whatever fields the reward reads; a `prompt` becomes `messages`."""
+    prompts: str | None = None
+    """What RL asks: rows with `messages` or `prompt`, and whatever fields the reward reads; a `prompt` becomes
+    `messages`."""
     held_out: str
-    """Rows like prompts, never trained on; the evaluation."""
+    """Rows like those that the recipe trains on (in RL like prompts), never trained on; the evaluation."""
     max_prompt_tokens: int = Field(default=64, ge=1)
     """A longer prompt is refused, tokens."""
     pack_tokens: int = Field(default=1024, ge=16)

@@ -8,11 +8,18 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from posttrain.config import RunConfig
+from posttrain.config import Method, RunConfig
 from posttrain.errors import ConfigError
 
-STAND_IN: dict[Any, dict[str, str]] = {("model",): {"path": "stand-in"}, ("data",): {}, ("reward",): {}}
+STAND_IN: dict[Any, dict[str, str]] = {
+    ("model",): {"path": "stand-in"},
+    ("data",): {},
+    ("method", "teacher"): {"path": "stand-in"},
+}
 """Sections that a config must have, as they are while the rest is looked at."""
+
+RECIPES = tuple(get_args(option.model_fields["name"].annotation)[0] for option in get_args(get_args(Method)[0]))
+"""Values of method.name, which pydantic puts into the path of a problem."""
 
 
 def load_config(text: str) -> RunConfig:
@@ -31,7 +38,9 @@ def load_config(text: str) -> RunConfig:
         return RunConfig.model_validate(document)
     except ValidationError as error:
         problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
-        problems += _combinations(document, [_key(problem) for problem in error.errors()])
+        if not any(problem["type"].startswith("union_tag") for problem in error.errors()):
+            # what fits together depends on the recipe
+            problems += _combinations(document, [_key(problem) for problem in error.errors()])
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -98,10 +107,11 @@ def _at(document: Any, loc: tuple[int | str, ...]) -> dict[Any, Any]:
 
 
 def _key(problem: Any) -> tuple[int | str, ...]:
-    """The path a person wrote: pydantic adds which kind of a union it tried."""
-    return tuple(
-        p for p in problem["loc"] if not str(p).startswith(("function-", "literal[", "constrained-", "tuple["))
-    )
+    """The path a person wrote: pydantic adds which kind of a union it tried, and the name of the recipe."""
+    loc = problem["loc"]
+    if loc[:1] == ("method",) and loc[1:2] and loc[1] in RECIPES:
+        loc = (loc[0], *loc[2:])
+    return tuple(p for p in loc if not str(p).startswith(("function-", "literal[", "constrained-", "tuple[")))
 
 
 def _explain(problem: Any) -> str:
@@ -112,6 +122,12 @@ def _explain(problem: Any) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{path}.name: required, and not set; one of {', '.join(RECIPES)}"
+    if problem["type"] == "union_tag_invalid":
+        near = difflib.get_close_matches(str(problem["ctx"]["tag"]), RECIPES, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"' if near else f"one of {', '.join(RECIPES)}"
+        return f'{path}.name: no recipe of that name; {hint} (got "{problem["ctx"]["tag"]}")'
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{path}: {text}" if path else text
@@ -127,11 +143,13 @@ def _explain(problem: Any) -> str:
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     section: Any = RunConfig
     for part in loc:
-        if isinstance(part, int):  # an entry of a list: its section is the list's
+        if isinstance(part, int) or section is None:  # an entry of a list: its section is the list's
             continue
-        field = section.model_fields.get(part) if isinstance(section, type) else None
-        if field is None:
-            return []
-        options = [field.annotation, *get_args(field.annotation)]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return list(section.model_fields) if section else []
+        if isinstance(section, list):  # one of several recipes, told by its name
+            section = next((s for s in section if part in get_args(s.model_fields["name"].annotation)), None)
+            continue
+        field = section.model_fields.get(part)
+        options = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        found = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        section = found if len(found) > 1 else found[0] if found else None
+    return list(section.model_fields) if isinstance(section, type) else []

@@ -55,3 +55,7 @@ class RewardError(PosttrainError, RuntimeError):
 
 class SyncError(PosttrainError, RuntimeError):
     """The generator does not hold the weights that the policy sent."""
+
+
+class GateError(PosttrainError, RuntimeError):
+    """A trained model is worse on held-out rows than the run's gate allows."""

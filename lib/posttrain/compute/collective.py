@@ -61,11 +61,11 @@ class Ranks:
         return total.tolist()
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over the ranks, in one message; an absent gradient counts as zero.
+        """Replace the gradient of all that is trained by its sum over the ranks, in one message; an absent one is zero.
 
         A sum, not a mean: the loss is already divided by the global token count.
         """
-        parameters = list(parameters)
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -99,6 +99,17 @@ class Engine:
         }
 
     @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], loss_fn: Any, *, denominator: float) -> dict[str, float]:
+        """The metrics that train_step() would have, of batches that are not trained on."""
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            _, metrics = self._functions.loss_sum(self.model, batch, loss_fn, scale=1.0)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+        read = torch.stack(list(sums.values())).tolist() if sums else []
+        return self._global_means(dict(zip(sums, read, strict=True)), denominator)
+
+    @torch.no_grad()
     def logprobs(self, batch: Batch, *, temperature: float) -> Tensor:
         """[N] float32, nats: log p of the targets that carry loss, without gradient."""
         return self._functions.forward(self.model, batch, temperature=temperature).logprobs

@@ -1,6 +1,7 @@
 """Canonical rows become Units of at most T tokens: tokenised, masked, and cut or refused when they are too long."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -38,11 +39,14 @@ class Encoder:
         pack_tokens: int,
         over_long: OverLong = "error",
         train_on: TrainOn = "weights",
+        scored: bool = False,
         prove: int = 0,
     ):
         """
         Args:
-            wanted: "conversation", "preference" or "text", as in records.py.
+            wanted: "conversation", "preference", "unpaired" or "text", as in records.py.
+            scored: the model is to read every answer up to its stop token, where a score is taken, and no further; a
+                pair gets the field `margin`, 0 where the row has none, and an unpaired answer the field `label`.
             prove: of so many conversations, the first that come, the prompt is also rendered as it will be served and
                 compared with what is trained. (Of a pair it always is.)
         """
@@ -50,6 +54,7 @@ class Encoder:
             raise DataError("data.over_long: split cannot be used for pairs; choose error, drop or truncate")
         self.tokenizer, self.wanted = tokenizer, wanted
         self.train_on: TrainOn = train_on
+        self.scored = scored
         self.pack_tokens, self.over_long = pack_tokens, over_long
         self._to_prove = prove if wanted == "conversation" else 0
         steers = {*tokenizer.stop_ids, tokenizer.pad_id, tokenizer.hf.bos_token_id}
@@ -69,12 +74,29 @@ class Encoder:
         sizes = [sum(map(_size, each)) for each in encoded if not isinstance(each, RowError)]
         if self.over_long == "error" and max(sizes, default=0) > self.pack_tokens:
             raise DataError(_too_long(sizes, self.pack_tokens))
-        return [each if isinstance(each, RowError) else self._fit(each) for each in encoded]
+        return [
+            each if isinstance(each, RowError) else self._fit(each, self._fields(row))
+            for row, each in zip(rows, encoded, strict=True)
+        ]
+
+    def _fields(self, row: Row) -> dict[str, float]:
+        """What is known of every document of a row beside its tokens."""
+        if not self.scored:
+            return {}
+        return {"label": float(row["label"])} if self.wanted == "unpaired" else {"margin": row.get("margin", 0.0)}
 
     def _encode(self, rows: Sequence[Row]) -> list[tuple[Encoded, ...] | RowError]:
+        found = self._tokenized(rows)
+        if not self.scored:
+            return found
+        return [each if isinstance(each, RowError) else tuple(map(_up_to_the_stop, each)) for each in found]
+
+    def _tokenized(self, rows: Sequence[Row]) -> list[tuple[Encoded, ...] | RowError]:
         match self.wanted:
             case "conversation":
                 found = self.tokenizer.conversations(rows, self.train_on)
+            case "unpaired":
+                found = self.tokenizer.conversations(rows, "last")
             case "preference":
                 return [self.tokenizer.pair(row) for row in rows]
             case "text":
@@ -121,7 +143,7 @@ class Encoder:
         encode = self.tokenizer.hf.encode
         return next((word for word in words if self.unknown_id in encode(word, add_special_tokens=False)), "")
 
-    def _fit(self, documents: tuple[Encoded, ...]) -> list[Unit] | RowError:
+    def _fit(self, documents: tuple[Encoded, ...], fields: dict[str, float]) -> list[Unit] | RowError:
         size = sum(map(_size, documents))
         if size <= self.pack_tokens:
             pieces = [documents]
@@ -132,11 +154,18 @@ class Encoder:
         else:
             pieces = [(piece,) for piece in _split(documents[0], self.pack_tokens)]
         units = [
-            tuple(shift(each.token_ids, each.loss_mask) for each in piece)
+            tuple(replace(shift(each.token_ids, each.loss_mask), fields=fields) for each in piece)
             for piece in pieces
             if all(each.loss_mask[1:].any() for each in piece)
         ]
         return units or RowError("nothing_left", f"no trained token in the first {self.pack_tokens} of {size} tokens")
+
+
+def _up_to_the_stop(encoded: Encoded) -> Encoded:
+    """Without what a template writes after the last trained token, which is repeated: the shift takes one away."""
+    end = int(np.flatnonzero(encoded.loss_mask)[-1]) + 1 if encoded.loss_mask.any() else len(encoded.token_ids)
+    ids, mask = encoded.token_ids[:end], encoded.loss_mask[:end]
+    return Encoded(np.append(ids, ids[-1]), np.append(mask, np.float32(0)))
 
 
 def _size(encoded: Encoded) -> int:

@@ -1,6 +1,7 @@
 """The messages and tools of a record, in OpenAI's or ShareGPT's words or as JSON text, in their canonical form."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,20 @@ def read_message(raw: Any, column: str, index: int, role_map: Mapping[str, str])
             message["tool_calls"] = calls
     message["content"] = _content(message, where)
     return message
+
+
+def read_margin(record: Mapping[str, Any]) -> dict[str, float]:
+    """By how much the chosen answer of a pair is to win, as a part of its row: {"margin": 0.5}, or nothing.
+
+    Raises:
+        RowError: wrong_schema.
+    """
+    value = record.get("margin")
+    if value is None:
+        return {}
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError("wrong_schema", f"margin must be a finite number, got {value!r:.80}")
+    return {"margin": float(value)}
 
 
 def read_tools(value: Any) -> list[Any]:

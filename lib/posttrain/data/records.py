@@ -1,7 +1,7 @@
 """One raw record, in whichever published format, becomes one canonical Row; what was recognised is said aloud.
 
     conversation  {"messages": [...], "tools"?}                                 ends with an assistant turn
-    preference    {"prompt": [...], "chosen": [...], "rejected": [...], "tools"?}
+    preference    {"prompt": [...], "chosen": [...], "rejected": [...], "margin"?, "tools"?}
     unpaired      {"messages": [...], "label": bool, "tools"?}
     prompt        {"messages": [...], and every column that was not used}       ends with a user or tool turn
     text          {"text": str}
@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Any
 
 from posttrain.data.record_checks import Messages, check_row, question_key, row_key
-from posttrain.data.record_messages import drop_undeclared_nulls, json_list, read_messages, read_tools
+from posttrain.data.record_messages import drop_undeclared_nulls, json_list, read_margin, read_messages, read_tools
 from posttrain.data.types import Row
 from posttrain.errors import DataError, RowError
 
@@ -138,7 +138,7 @@ def convert(record: Mapping[str, Any], format: Format, *, wanted: str, role_map:
         case "events":
             return {**record, "events": json_list(_column(record, "events"), "events")}
         case "preference":
-            row: Row = _preference(record, role_map)
+            row: Row = _preference(record, role_map) | read_margin(record)
         case "prompt":
             messages, used = _question(record, format, role_map)
             rest = {key: value for key, value in record.items() if key not in used and key not in ("messages", "tools")}

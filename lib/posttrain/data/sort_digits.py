@@ -28,6 +28,28 @@ def demonstrations(seed: int, count: int = 16384) -> list[Row]:
     return rows
 
 
+def exact_demonstrations(seed: int, count: int = 16384) -> list[Row]:
+    """Conversations whose answers are all right."""
+    return [_answered(digits) for digits in _questions(np.random.default_rng([seed, 3]), count)]
+
+
+def pairs(seed: int, count: int = 16384) -> list[Row]:
+    """A right answer preferred to one with two neighbouring digits swapped."""
+    rng = np.random.default_rng([seed, 4])
+    return [_pair(digits, rng) for digits in _questions(rng, count) if len(set(digits)) > 1]
+
+
+def held_out_demonstrations(seed: int, count: int = 256) -> list[Row]:
+    """The evaluation's questions with their right answers."""
+    return [_answered(digits) for digits in sorted(_held_out(count))]
+
+
+def held_out_pairs(seed: int, count: int = 256) -> list[Row]:
+    """The evaluation's questions as pairs; they do not depend on the run's seed."""
+    rng = np.random.default_rng(HELD_OUT_SEED + 1)
+    return [_pair(digits, rng) for digits in sorted(_held_out(count)) if len(set(digits)) > 1]
+
+
 def prompts(seed: int, count: int = 8192) -> list[Row]:
     """Questions with the right answer for the reward."""
     return [_row(digits) for digits in _questions(np.random.default_rng([seed, 2]), count)]
@@ -81,6 +103,17 @@ def _swap_neighbours(answer: str, rng: np.random.Generator) -> str:
 
 def _question(digits: str) -> dict[str, str]:
     return {"role": "user", "content": f"sort {digits}"}
+
+
+def _answered(digits: str) -> dict[str, Any]:
+    return {"messages": [_question(digits), {"role": "assistant", "content": _sorted(digits)}]}
+
+
+def _pair(digits: str, rng: np.random.Generator) -> dict[str, Any]:
+    right = _sorted(digits)
+    answers = {"chosen": right, "rejected": _swap_neighbours(right, rng)}
+    sides = {side: [{"role": "assistant", "content": answer}] for side, answer in answers.items()}
+    return {"prompt": [_question(digits)], **sides}
 
 
 def _row(digits: str) -> dict[str, Any]:

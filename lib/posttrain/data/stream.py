@@ -112,6 +112,18 @@ class UnitSource:
         return RowError(error.reason, f"{self._where(place)}: {error.detail}")
 
 
+class ChosenUnits:
+    """A source of pairs, of which only the chosen answers are drawn: what a warm-up imitates."""
+
+    def __init__(self, pairs: Units):
+        self.pairs = pairs
+
+    def units(self, positions: np.ndarray) -> list[list[Unit] | RowError]:
+        """As Units.units()."""
+        found = self.pairs.units(positions)
+        return [each if isinstance(each, RowError) else [unit[:1] for unit in each] for each in found]
+
+
 class PackStream:
     """A mixture of sources as windows of packs of at most T tokens."""
 

@@ -30,27 +30,59 @@ SCHEMA = pa.schema(
         "doc_lens": pa.list_(pa.int32()),
         "length": pa.int32(),
         "row_hash": pa.uint64(),
+        "fields": pa.map_(pa.string(), pa.list_(pa.float32())),
     }
 )
-"""Of the unit: the columns of its documents end to end, tokens of each, tokens in all, and the hash of its row; null
-in all but the first unit of a row that was split."""
+"""Of the unit: the columns of its documents end to end, tokens of each, tokens in all, the hash of its row (null in all
+but the first unit of a row that was split), and every field's number of each document."""
 
 _Hashed = tuple[Unit, int | None]
 
 
+class UnitsFile:
+    """A Parquet file of units that is being written; a context, closed at its end."""
+
+    def __init__(self, path: Path):
+        self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True)
+        self._group: list[_Hashed] = []
+        self._tokens = 0
+
+    def add(self, unit: Unit, row_hash: int | None) -> None:
+        """Append a unit with the hash of the row it came from, or None."""
+        self._group.append((unit, row_hash))
+        self._tokens += sum(map(len, unit))
+        if self._tokens >= GROUP_TOKENS:
+            self._write()
+
+    def __enter__(self) -> "UnitsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        if self._group:
+            self._file.write_table(_table(self._group))
+            self._group, self._tokens = [], 0
+
+
 def write_units(units: Iterable[_Hashed], path: Path) -> None:
     """One Parquet file of units, each with the hash of the row it came from, or None."""
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True) as file:
-        group: list[_Hashed] = []
-        tokens = 0
+    with UnitsFile(path) as file:
         for unit, row_hash in units:
-            group.append((unit, row_hash))
-            tokens += sum(map(len, unit))
-            if tokens >= GROUP_TOKENS:
-                file.write_table(_table(group))
-                group, tokens = [], 0
-        if group:
-            file.write_table(_table(group))
+            file.add(unit, row_hash)
+
+
+def read_units(path: str | Path) -> list[Unit]:
+    """All units of one file that write_units() wrote, in order."""
+    return _units(pq.read_table(path, page_checksum_verification=True))
+
+
+def block_units(source: Source, block: int) -> list[_Hashed]:
+    """The units of one block of token Parquet, in order, each with its row's hash: what write_units() was given."""
+    table: Any = source.block(block)
+    return list(zip(_units(table), table["row_hash"].to_pylist(), strict=True))
 
 
 def lengths_and_duplicates(source: Source) -> tuple[np.ndarray, int]:
@@ -95,7 +127,6 @@ class TokenUnits:
 
 
 def _table(group: list[_Hashed]) -> pa.Table:
-    assert not any(sample.fields for unit, _ in group for sample in unit), "fields have no column yet"
     columns: dict[str, list] = {
         name: [np.concatenate([getattr(sample, name) for sample in unit]) for unit, _ in group]
         for name in ("input_ids", "target_ids", "loss_mask")
@@ -103,6 +134,9 @@ def _table(group: list[_Hashed]) -> pa.Table:
     columns["doc_lens"] = [[len(sample) for sample in unit] for unit, _ in group]
     columns["length"] = [sum(map(len, unit)) for unit, _ in group]
     columns["row_hash"] = [row_hash for _, row_hash in group]
+    columns["fields"] = [
+        [(name, [sample.fields[name] for sample in unit]) for name in unit[0].fields] for unit, _ in group
+    ]
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA})
 
 
@@ -110,13 +144,20 @@ def _units(table: pa.Table) -> list[Unit]:
     inputs, starts = _lists(table, "input_ids")
     targets, mask = _lists(table, "target_ids")[0], _lists(table, "loss_mask")[0]
     doc_lens, doc_starts = _lists(table, "doc_lens")
+    fields: list[list[tuple[str, list[float]]]] = table["fields"].to_pylist()
     units = []
     for row in range(table.num_rows):
         ends = starts[row] + np.cumsum(doc_lens[doc_starts[row] : doc_starts[row + 1]])
         bounds = [int(starts[row]), *ends.tolist()]
         units.append(
             tuple(
-                Sample(input_ids=inputs[a:b], target_ids=targets[a:b], loss_mask=mask[a:b]) for a, b in pairwise(bounds)
+                Sample(
+                    input_ids=inputs[a:b],
+                    target_ids=targets[a:b],
+                    loss_mask=mask[a:b],
+                    fields={name: values[document] for name, values in fields[row]},
+                )
+                for document, (a, b) in enumerate(pairwise(bounds))
             )
         )
     return units

@@ -13,6 +13,7 @@ from posttrain.model.fallback import export_native, load_native, native_config, 
 from posttrain.model.families import decoder_config
 from posttrain.model.load import load_decoder, read_config
 from posttrain.model.verify import compare_with_transformers
+from posttrain.model.verify_scores import compare_scores
 from posttrain.model.weights import hf_tensors
 
 
@@ -45,7 +46,7 @@ def backend_of(name: str) -> Backend:
                 load=load_decoder,
                 tensors=hf_tensors,
                 export=export_model,
-                verify=lambda folder, _: compare_with_transformers(folder),
+                verify=lambda folder, _: _compare(folder),
             )
         case "transformers":
             return Backend(
@@ -57,3 +58,8 @@ def backend_of(name: str) -> Backend:
             )
         case _:
             raise ModelError(f"model.backend: {name!r} is none. Fix: set posttrain or transformers")
+
+
+def _compare(folder: str | Path) -> dict[str, Any]:
+    scores_only = not decoder_config(read_config(folder)).lm_head
+    return compare_scores(folder) if scores_only else compare_with_transformers(folder)

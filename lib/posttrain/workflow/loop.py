@@ -11,6 +11,7 @@ from posttrain.data.loader import Loader
 from posttrain.data.pack import fill
 from posttrain.model.losses import Loss
 from posttrain.workflow.clock import Clock, SaveClock
+from posttrain.workflow.held_out import HeldOut
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import Observers
@@ -37,6 +38,7 @@ async def train(
     checkpoints: Checkpoints,
     ledger_file: LedgerFile,
     observers: Observers,
+    held_out: HeldOut | None = None,
 ) -> Ledger:
     """Train to `plan.num_steps`, from the last checkpoint if there is one; return the ledger.
 
@@ -45,6 +47,7 @@ async def train(
 
     Args:
         load: a loader's state (None at the beginning) -> the loader that goes on from there.
+        held_out: what is measured beside the training, as eval/*.
 
     Raises:
         DataError: the data end, are damaged, or hold too many bad rows.
@@ -71,11 +74,16 @@ async def train(
                 metrics = await policy.train_step(step, packs, loss)
             ledger_file.append({"step": step, **ledger.commit(packs, draws=[n for p in packs for n in p.draws])})
             assert ledger.balance() == 0, f"the ledger does not balance after step {step}: {ledger.state()}"
+            if held_out is not None:
+                with clock.phase("eval"):
+                    metrics |= await held_out.measure(step, policy, loss, observers.history)
             observers.step({"step": step, **metrics, **_pack_metrics(packs, plan.pack_tokens, clock)})
             if saving.due(step + 1):
                 ledger_file.flush()
                 kept = {"ledger": ledger.state(), "loader": loader.state(), "history": observers.history}
                 await policy.save(checkpoints, step + 1, kept)
+                if held_out is not None:
+                    held_out.prune(observers.history)
     ledger_file.close()
     return ledger
 
@@ -84,4 +92,4 @@ def _pack_metrics(packs: list, pack_tokens: int, clock: Clock) -> dict[str, floa
     times = clock.metrics()
     tokens = sum(p.num_tokens for p in packs)
     named = {"data/tokens": tokens, "data/fill": fill(packs, pack_tokens=pack_tokens)}
-    return named | times | {"perf/tokens_per_s": tokens / times["time/step_s"]}
+    return named | times | {"perf/tokens_per_s": tokens / (times["time/step_s"] - times.get("time/eval_s", 0.0))}

@@ -8,6 +8,7 @@ from metaflow.cards import Markdown, VegaChart
 from posttrain.workflow import charts, markup
 from posttrain.workflow.card import open_card
 from posttrain.workflow.data_report import QUANTILES, dropped_facts, report_facts, source_counts, source_state
+from posttrain.workflow.measures import LABELS, measured
 
 
 def show_data(report: dict[str, Any], data: dict[str, Any], *, card_id: str = "data") -> None:
@@ -27,13 +28,15 @@ def show_evaluation(evaluation: dict[str, dict[str, Any]], *, card_id: str = "ev
     """The evaluation page: every model on the same rows with the same sampling noise, and its answers."""
     card = open_card(card_id)
     first = next(iter(evaluation.values()))
-    facts = [f"{first['rows']:,} rows", f"{first['samples']} samples a row, with the same noise for every model"]
-    card.append(Markdown(markup.page("Evaluation on held-out rows", facts)))
+    asked = "samples" in first
+    noise = [f"{first['samples']} samples a row, with the same noise for every model"] if asked else []
+    card.append(Markdown(markup.page("Evaluation on held-out rows", [f"{first['rows']:,} rows", *noise])))
     card.append(Markdown(verdict(evaluation)))
-    measures = measure_names(first["samples"])
-    bars = {model: {label: found[name] for name, label in measures.items()} for model, found in evaluation.items()}
-    card.append(VegaChart(charts.bar_chart("Reward", "mean reward", bars)))
-    card.append(Markdown(answers(evaluation)))
+    if asked:
+        measures = measure_names(first["samples"])
+        bars = {model: {label: found[name] for name, label in measures.items()} for model, found in evaluation.items()}
+        card.append(VegaChart(charts.bar_chart("Reward", "mean reward", bars)))
+        card.append(Markdown(answers(evaluation)))
     card.refresh()
 
 
@@ -130,12 +133,14 @@ def measure_names(samples: int) -> dict[str, str]:
 def verdict(evaluation: dict[str, dict[str, Any]]) -> markup.Html:
     """The last model's numbers, with the first model's below them."""
     (before, was), (_, now) = next(iter(evaluation.items())), list(evaluation.items())[-1]
-    titles = {name: f"Reward, {label}" for name, label in measure_names(now["samples"]).items()}
+    titles = {name: label[0].upper() + label[1:] for name, label in LABELS.items()}
+    if "samples" in now:
+        titles |= {name: f"Reward, {label}" for name, label in measure_names(now["samples"]).items()}
     titles["mean_tokens"] = "Tokens a completion"
     found = []
-    for name, title in titles.items():
+    for name in measured(evaluation):
         change = f"{before} {markup.number(was[name])}, change {now[name] - was[name]:+.3f}"
-        found.append((title, markup.number(now[name]), change if len(evaluation) > 1 else ""))
+        found.append((titles[name], markup.number(now[name]), change if len(evaluation) > 1 else ""))
     return markup.block(markup.boxes(found))
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,16 +18,25 @@ from posttrain.compute.pool import Pool
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import ActorGroup, node_address
 from posttrain.data.batch import collate
-from posttrain.data.pack import attention_cost, deal
+from posttrain.data.pack import deal
 from posttrain.data.types import Pack
 from posttrain.model.backend import backend_of
 from posttrain.model.decoder import Decoder
-from posttrain.model.flops import FlopCounts, flop_counts, mfu, peak_flops
+from posttrain.model.flops import flop_counts, peak_flops
 from posttrain.model.forward import forward, loss_sum
-from posttrain.model.losses import Loss
+from posttrain.model.lora import adapters_off
+from posttrain.model.losses import Loss, count
 from posttrain.model.moe import router_metrics
 from posttrain.model.optim import adamw
 from posttrain.model.schedule import lr_scale
+from posttrain.workflow.costs import Costs
+from posttrain.workflow.policy_model import (
+    Build,
+    build_policy,
+    document_logprobs,
+    taught_by,
+    write_adapter,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,50 +60,28 @@ class Training:
     """See compute/device.py."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Costs:
-    """What the driver needs to know of a model: what packs cost it, and what its device could do."""
-
-    counts: FlopCounts | None
-    """None for a model of unknown shape."""
-    linear: float
-    quadratic: float
-    """Of attention_cost, for that model."""
-    peak: float | None
-    """FLOP/s of one device by its data sheet, None where unknown."""
-
-    def of(self, pack: Pack) -> float:
-        """FLOPs of a pack, forward and backward; in some other unit for a model of unknown shape."""
-        if self.counts is None:
-            return attention_cost(pack, linear=self.linear, quadratic=self.quadratic)
-        rows = sum(int(np.count_nonzero(sample.loss_mask)) for sample in pack.samples)
-        return self.counts.step([len(sample) for sample in pack.samples], rows)
-
-    def metrics(self, packs: Sequence[Pack], seconds: float, *, ranks: int, pack_tokens: int) -> dict[str, float]:
-        """Useful FLOP/s of one device in a step, as a number and, where its peak is known, as a share: exact (see
-        model/flops.py), and by PaLM's convention at the length of a pack, for comparing with who reports that."""
-        if self.counts is None:
-            return {}
-        total, tokens = sum(map(self.of, packs)), sum(pack.num_tokens for pack in packs)
-        found = {"perf/tflops": total / seconds / ranks / 1e12}
-        exact = mfu(total, seconds, ranks, self.peak)
-        palm = mfu(self.counts.palm(tokens, pack_tokens), seconds, ranks, self.peak)
-        return found if exact is None or palm is None else found | {"perf/mfu": exact, "perf/mfu_palm": palm}
-
-
 class PolicyRank:
     """One rank, in a process of its own. All ranks hold equal weights; rank 0 also writes and sends them."""
 
     def __init__(
-        self, *, rank: int, world_size: int, model_uri: str, backend: str, training: Training, reference: bool
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        model_uri: str,
+        backend: str,
+        training: Training,
+        reference: bool,
+        build: Build | None = None,
     ):
         """
         Args:
             backend: see model/backend.py.
-            reference: keep a frozen copy of the starting weights and score batches with it.
+            reference: score batches with the starting weights: with the adapters off, or by a frozen copy.
         """
         self.rank, self.world_size = rank, world_size
         self.model_uri, self.training, self.has_reference = model_uri, training, reference
+        self.build = build or Build()
         self.backend = backend_of(backend)
         self.device = set_up_device(deterministic=training.deterministic)
         self.precision = training.precision
@@ -118,18 +104,16 @@ class PolicyRank:
             device=self.device,
         )
         self.folder = storage.fetch(self.model_uri)
-        stochastic, narrow = self.precision == "bfloat16_stochastic", self.precision != "float32"
-        model = self._load(torch.bfloat16 if stochastic else torch.float32)
-        masters = Masters(model) if self.precision == "bfloat16" else None
+        model, masters = self._model()
         self.reference: nn.Module | None = None
-        if self.has_reference:
-            self.reference = self._load(torch.bfloat16 if narrow else torch.float32).requires_grad_(False)
+        if self.has_reference and self.build.lora is None:
+            self.reference = self._frozen(self.model_uri)
         optimizer = adamw(
             model.parameters() if masters is None else masters,
             lr=training.lr,
             betas=training.betas,
             weight_decay=training.weight_decay,
-            stochastic=stochastic,
+            stochastic=self.precision == "bfloat16_stochastic",
         )
         scale = partial(
             lr_scale,
@@ -141,7 +125,7 @@ class PolicyRank:
             model,
             optimizer,
             ranks=ranks,
-            functions=ModelFunctions(forward=forward, loss_sum=loss_sum, named_weights=self.backend.tensors),
+            functions=ModelFunctions(forward=forward, loss_sum=self._loss_sum(), named_weights=self.backend.tensors),
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
             masters=masters,
@@ -154,22 +138,44 @@ class PolicyRank:
             peak=peak_flops(torch.cuda.get_device_name()) if self.device.type == "cuda" else None,
         )
 
-    def _load(self, dtype: torch.dtype) -> Any:
-        """The model of the run's folder on this rank's device, its blocks compiled where that pays."""
-        model = self.backend.load(self.folder, device=self.device, dtype=dtype)
+    def _model(self) -> tuple[Any, Masters | None]:
+        """What is trained, in its precision."""
+        dtype = torch.bfloat16 if self.precision == "bfloat16_stochastic" else torch.float32
+        model = build_policy(self.backend, self.folder, self.build, device=self.device, dtype=dtype)
+        masters = Masters(model) if self.precision == "bfloat16" else None
         if isinstance(model, Decoder):
             model.checkpoint_activations(self.training.activation_checkpointing)
-            if self.device.type == "cuda":
-                model.compile_blocks()
+        return self._compiled(model), masters
+
+    def _frozen(self, uri: str) -> Any:
+        """A model that is only read, in the precision of computing."""
+        dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+        model = self.backend.load(storage.fetch(uri), device=self.device, dtype=dtype)
+        return self._compiled(model.requires_grad_(False))
+
+    def _compiled(self, model: Any) -> Any:
+        """The model, its blocks compiled where that pays: on a GPU."""
+        if isinstance(model, Decoder) and self.device.type == "cuda":
+            model.compile_blocks()
         return model
 
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; global metrics, and how experts were used."""
         batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
-        if self.reference is not None:
+        if self.has_reference:
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
         metrics = self.engine.train_step(step, batches, loss, denominator=denominator)
         return metrics | {name: float(value) for name, value in router_metrics(self.engine.model).items()}
+
+    def evaluate(self, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
+        """Global metrics of packs that are not trained on."""
+        batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
+        return self.engine.evaluate(batches, loss, denominator=denominator)
+
+    def document_logprobs(self, packs: Sequence[Pack]) -> list[list[float]]:
+        """Of each pack, the log p of every sample's trained tokens under the current weights, nats."""
+        batches = (collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs)
+        return [document_logprobs(self.engine.model, batch) for batch in batches]
 
     def weights(self, dtype: str) -> dict[str, Tensor]:
         """Weights under Hugging Face names, on the CPU, cast to what the generator wants."""
@@ -189,14 +195,23 @@ class PolicyRank:
         self.engine.load_state(read_tensors(storage.fetch(uri)))
 
     def export(self, uri: str) -> str:
-        """Publish the weights as a Hugging Face folder (rank 0 only)."""
+        """Publish the weights as a Hugging Face folder, adapters merged and beside them (rank 0 only)."""
         if not storage.exists(storage.join(uri, "manifest.json")):
             with storage.staging(uri) as folder:
                 facts = self.backend.export(self.engine.model, folder, like=self.folder)
+                if self.build.lora is not None:
+                    write_adapter(self.engine.model, folder, lora=self.build.lora, base=self.model_uri)
                 storage.publish(folder, uri, **facts)
         return uri
 
+    def _loss_sum(self) -> Any:
+        uri = self.build.teacher_uri
+        return loss_sum if uri is None else taught_by(self._frozen(uri))
+
     def _ref_logprobs(self, batch: Any, temperature: float) -> Tensor:
+        if self.reference is None:
+            with adapters_off(self.engine.model):
+                return self.engine.logprobs(batch, temperature=temperature)
         with torch.no_grad():
             return forward(self.reference, batch, temperature=temperature).logprobs  # pyright: ignore[reportArgumentType]
 
@@ -217,9 +232,11 @@ class Policy:
         reference: bool,
         timeout_s: float,
         pool: Pool,
+        build: Build | None = None,
     ) -> "Policy":
         """Start the ranks, let them find each other, and load the model."""
         same = {"model_uri": model_uri, "backend": backend, "training": training, "reference": reference}
+        same["build"] = build
         per_rank = [{"rank": r, "world_size": ranks, **same} for r in range(ranks)]
         group = ActorGroup("policy", PolicyRank, per_rank, pool)
         address = await group.call_one(0, "address", timeout_s=timeout_s)
@@ -227,13 +244,27 @@ class Policy:
         return Policy(group, costs, pack_tokens=training.pack_tokens, timeout_s=timeout_s)
 
     async def train_step(self, step: int, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
-        """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token."""
-        denominator = sum(pack.loss_tokens for pack in packs)
+        """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token or unit."""
+        denominator = count(loss, packs)
         ranks = len(self.group)
         calls = [((step, share, loss, denominator), {}) for share in deal(packs, ranks=ranks, cost=self.costs.of)]
         metrics, *_ = await self.group.call_each("train_step", calls, timeout_s=self.timeout_s)
         seconds = metrics["time/forward_backward_s"] + metrics["time/optimizer_s"]
         return metrics | self.costs.metrics(packs, seconds, ranks=ranks, pack_tokens=self.pack_tokens)
+
+    async def evaluate(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
+        """Metrics of packs that are not trained on, under the current weights."""
+        shares = deal(packs, ranks=len(self.group), cost=self.costs.of)
+        calls = [((share, loss, count(loss, packs)), {}) for share in shares]
+        metrics, *_ = await self.group.call_each("evaluate", calls, timeout_s=self.timeout_s)
+        return metrics
+
+    async def document_logprobs(self, packs: Sequence[Pack]) -> list[list[float]]:
+        """Of each pack, in order, the log p of every sample's trained tokens under the current weights, nats."""
+        ranks = len(self.group)
+        calls = [((packs[rank::ranks],), {}) for rank in range(ranks)]
+        found = await self.group.call_each("document_logprobs", calls, timeout_s=self.timeout_s)
+        return [found[number % ranks][number // ranks] for number in range(len(packs))]
 
     async def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
         return await self.group.call_one(0, "save", checkpoints, step, state, timeout_s=self.timeout_s)

@@ -11,7 +11,8 @@ from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.data.types import Pack
 from posttrain.model.losses.sft import SFTLoss
-from posttrain.workflow.policy import Costs, PolicyRank, Training
+from posttrain.workflow.costs import Costs
+from posttrain.workflow.policy import PolicyRank, Training
 from tiny_families import random_config, random_model
 
 

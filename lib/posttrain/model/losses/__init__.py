@@ -1,10 +1,11 @@
 """Losses: (Output, Batch) -> sums over the loss's unit. The engine divides, once, by the global count."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from posttrain.data.types import Batch
+from posttrain.data.types import Batch, Pack
 from posttrain.model.output import Output
 
 Reads = Literal["tokens", "documents", "scores", "teacher"]
@@ -32,3 +33,10 @@ class Loss(Protocol):
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss sum with gradient, and metric sums in the same unit (per loss token, pair, ...) without."""
         ...
+
+
+def count(loss: Loss, packs: Sequence[Pack]) -> float:
+    """What the sums of a global batch are divided by: its loss tokens by weight, or its pairs or documents."""
+    if loss.reads in ("tokens", "teacher"):
+        return sum(pack.loss_tokens for pack in packs)
+    return float(sum(pack.num_units for pack in packs))

@@ -40,7 +40,6 @@ class DPOLoss:
     """
 
     reads: ClassVar[Reads] = "documents"
-    temperature: ClassVar[float] = 1.0
     beta: float
     kind: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
@@ -54,6 +53,11 @@ class DPOLoss:
         assert 0 <= self.label_smoothing < 0.5, f"label_smoothing {self.label_smoothing} would reverse the labels"
         assert self.kind == "sigmoid" or not self.label_smoothing, "label smoothing is defined for sigmoid"
         assert self.kind != "ipo" or not self.gamma, "IPO has its margin in beta"
+
+    @property
+    def temperature(self) -> float:
+        """Answers of others are scored as they are."""
+        return 1.0
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = batch.loss_mask

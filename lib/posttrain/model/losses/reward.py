@@ -24,7 +24,6 @@ class BradleyTerryLoss:
     """
 
     reads: ClassVar[Reads] = "scores"
-    temperature: ClassVar[float] = 1.0
     documents_per_unit: ClassVar[int] = 2
     head: str = "score"
     center_coef: float = 0.0
@@ -33,6 +32,11 @@ class BradleyTerryLoss:
     def task(self) -> str:
         """What MultiTaskLoss calls this loss in its metrics."""
         return self.head
+
+    @property
+    def temperature(self) -> float:
+        """Answers of others are scored as they are."""
+        return 1.0
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         scores = _scores(output, self.head)
@@ -62,7 +66,6 @@ class PointwiseLoss:
     """
 
     reads: ClassVar[Reads] = "scores"
-    temperature: ClassVar[float] = 1.0
     documents_per_unit: ClassVar[int] = 1
     kind: Literal["mse", "bce"]
     label: str
@@ -72,6 +75,11 @@ class PointwiseLoss:
     def task(self) -> str:
         """What MultiTaskLoss calls this loss in its metrics."""
         return self.label
+
+    @property
+    def temperature(self) -> float:
+        """Answers of others are scored as they are."""
+        return 1.0
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.label in batch.fields, f"no document has a label {self.label!r}"
@@ -97,7 +105,6 @@ class MultiTaskLoss:
     """
 
     reads: ClassVar[Reads] = "scores"
-    temperature: ClassVar[float] = 1.0
     parts: tuple[tuple[float, BradleyTerryLoss | PointwiseLoss], ...]
 
     def __post_init__(self):
@@ -108,6 +115,11 @@ class MultiTaskLoss:
     def documents_per_unit(self) -> int:
         """Documents in one of what the engine counts: 2 where a part reads pairs, else 1."""
         return max(part.documents_per_unit for _, part in self.parts)
+
+    @property
+    def temperature(self) -> float:
+        """Answers of others are scored as they are."""
+        return 1.0
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, metrics = [], {}

@@ -1,0 +1,123 @@
+"""The section `method` of a run config: which recipe, told by its `name`, and the numbers of that recipe alone."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config_model import Origin
+from posttrain.config_section import Section
+
+
+class _Offline(Section):
+    """A recipe that trains on rows, not on what it samples."""
+
+    packs_per_step: int = Field(default=2, ge=1)
+    """Packs in one optimizer step, over all ranks."""
+
+
+class SFT(_Offline):
+    """Supervised fine-tuning: the answers of data.sources are imitated."""
+
+    name: Literal["sft"]
+    """The recipe."""
+
+
+class DPO(_Offline):
+    """Direct preference optimisation and its relatives (arXiv:2305.18290), on pairs of answers."""
+
+    name: Literal["dpo"]
+    """The recipe."""
+    kind: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """Loss of a pair: DPO's own, SLiC's (arXiv:2305.10425), or IPO's (arXiv:2310.12036)."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the policy is held to the reference."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Probability that a label is wrong; sigmoid only."""
+    sft_coef: float = Field(default=0.0, ge=0)
+    """Weight of the chosen answers' mean -log p (RPO, arXiv:2404.19733)."""
+    gamma: float = Field(default=0.0, ge=0)
+    """Margin that the chosen must win by, in units of beta times logprob; not for ipo."""
+    length_normalised: bool = False
+    """Divide an answer's score by its tokens."""
+    reference_free: bool = False
+    """Score answers by their logprob alone; with length_normalised and gamma it is SimPO (arXiv:2405.14734)."""
+
+    @model_validator(mode="after")
+    def kind_fits(self):
+        if self.label_smoothing and self.kind != "sigmoid":
+            raise ValueError(f"label_smoothing is defined for kind: sigmoid, not {self.kind}; set it to 0")
+        if self.gamma and self.kind == "ipo":
+            raise ValueError("kind: ipo has its margin in beta; set gamma to 0")
+        return self
+
+
+class RewardModel(_Offline):
+    """A model that gives an answer a score: Bradley-Terry on pairs, or labels of single answers."""
+
+    name: Literal["reward"]
+    """The recipe."""
+    kind: Literal["pairs", "labels"] = "pairs"
+    """Rows of chosen and rejected, with a `margin` where they have one; or of an answer and its true or false
+    `label`."""
+    center_coef: float = Field(default=0.0, ge=0)
+    """Weight of (chosen + rejected score)^2, which keeps scores near zero (arXiv:2312.09244); pairs only."""
+
+    @model_validator(mode="after")
+    def kind_fits(self):
+        if self.center_coef and self.kind != "pairs":
+            raise ValueError("center_coef is defined for kind: pairs; set it to 0")
+        return self
+
+
+class Distill(_Offline):
+    """A student learns a teacher's next-token distributions on the rows of data.sources."""
+
+    name: Literal["distill"]
+    """The recipe."""
+    teacher: Origin
+    """A model with the student's vocabulary; a fresh one is trained by the warm-up, in the student's place."""
+    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Divergence: covers the teacher, seeks its mode, or between the two (GKD, arXiv:2306.13649)."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the teacher in the mixture of jsd."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both distributions."""
+
+
+class GRPO(Section):
+    """On-policy policy gradient over groups of completions; docs/rl.md names the published methods by their keys."""
+
+    name: Literal["grpo"] = "grpo"
+    """The recipe."""
+    group_size: int = Field(default=8, ge=2)
+    """Completions sampled for each prompt; the group is its own baseline, so 1 has no signal."""
+    advantage: Literal["centered", "normalized", "leave_one_out", "batch_normalized"] = "centered"
+    """Reward less the group's mean; over the group's standard deviation; less the mean of the others; or over the
+    standard deviation of the whole step."""
+    loss: Literal["truncated", "clipped", "sequence"] = "truncated"
+    """What a token does that is less likely under the trainer than under the sampler, or likelier: keep its gradient
+    at a bounded weight; give none beyond `clip`; or the same with one ratio a completion."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    """truncated: upper bound of a token's trainer/sampler probability ratio."""
+    clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] | None = None
+    """clipped, sequence: how far below and above 1 a ratio may be; null is 0.2 and 0.2, or 0.0003 and 0.0004."""
+    weigh: Literal["token", "sequence"] = "token"
+    """Every trained token counts the same, or every completion."""
+    kl_coef: float | None = Field(default=None, ge=0)
+    """Weight of KL(policy || start) in the loss; 0 only measures it, null keeps no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of that KL, from the sampled tokens."""
+    overlong_tokens: int | None = Field(default=None, ge=1)
+    """The last so many of rollout.max_new_tokens cost reward, in a line down to -1."""
+    replace_silent: bool = False
+    """Sample other prompts in place of those whose completions all got the same reward."""
+
+    @model_validator(mode="after")
+    def clips_what_it_clips(self):
+        if self.clip is not None and self.loss == "truncated":
+            raise ValueError("clip does nothing with loss = truncated; set loss to clipped or sequence")
+        return self
+
+
+Method = Annotated[SFT | DPO | RewardModel | Distill | GRPO, Field(discriminator="name")]
+"""One recipe."""

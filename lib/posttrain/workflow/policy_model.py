@@ -1,0 +1,77 @@
+"""What a policy rank trains, and what stands beside it: a folder's model with adapters or a score head, a teacher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.data.types import Batch
+from posttrain.model.backend import Backend
+from posttrain.model.forward import Teacher, forward, loss_sum
+from posttrain.model.lora import LoRA, add_lora
+from posttrain.model.losses import Loss
+from posttrain.model.peft_format import save_adapter
+from posttrain.model.weights import hf_name
+
+ADAPTER = "adapter"
+"""Folder of a trained model that holds its adapters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What is made of a model's folder, and what stands beside it; nothing of it by default."""
+
+    lora: LoRA | None = None
+    """Adapters that are trained in place of the weights."""
+    score_head: bool = False
+    """Hugging Face's head `score` in the LM head's place: a reward model."""
+    teacher_uri: str | None = None
+    """Folder of a frozen model over the same vocabulary, for losses that read a teacher."""
+    seed: int = 0
+    """Of new heads and adapters."""
+
+
+def build_policy(backend: Backend, folder: Any, build: Build, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model to be trained, on `device`.
+
+    Raises:
+        ModelError: the folder, or a target of the adapters, is not what the backend can load or adapt.
+    """
+    heads = {"heads": {"score": 1}, "lm_head": False, "seed": build.seed} if build.score_head else {}
+    model = backend.load(folder, device=device, dtype=dtype, **heads)
+    if build.lora is not None:
+        add_lora(model, build.lora, seed=build.seed)
+        for head in getattr(model, "heads", {}).values():
+            head.requires_grad_(True)  # drawn at random: it is trained whole, whatever the adapters are
+    return model
+
+
+def taught_by(teacher: nn.Module) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """loss_sum() with the distributions of a frozen teacher on the same batch."""
+
+    def with_teacher(model: Any, batch: Batch, loss_fn: Loss, *, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss_sum(model, batch, loss_fn, scale=scale, teacher=_teacher(teacher, batch))
+
+    return with_teacher
+
+
+def write_adapter(model: Any, folder: Path, *, lora: LoRA, base: str) -> None:
+    """The adapters alone, in PEFT's format, in a folder below that of the merged model."""
+    save_adapter(model, folder / ADAPTER, lora=lora, base=base, hf_names=partial(hf_name, model.config))
+
+
+@torch.no_grad()
+def document_logprobs(model: Any, batch: Batch) -> list[float]:
+    """[S] log p of the trained tokens of each sample, weighted as the loss weighs them, nats."""
+    weighted = (batch.loss_mask * forward(model, batch).logprobs).double()
+    sums = weighted.new_zeros(batch.num_samples).index_add(0, batch.doc_id[batch.loss_idx], weighted)
+    return sums.tolist()
+
+
+@torch.no_grad()
+def _teacher(teacher: Any, batch: Batch) -> Teacher:
+    return Teacher(hidden=teacher(batch)[batch.loss_idx], weight=teacher.output_head.weight)

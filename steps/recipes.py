@@ -1,0 +1,151 @@
+"""What the recipes differ in: their rows, their loss, their prompts. Nothing else in steps/ matches on the method."""
+
+from dataclasses import dataclass
+
+from posttrain.config import DPO, Distill, RewardModel, RunConfig
+from posttrain.model.lora import LoRA
+from posttrain.model.losses import Loss
+from posttrain.model.losses.distill import DivergenceLoss
+from posttrain.model.losses.dpo import DPOLoss
+from posttrain.model.losses.reward import BradleyTerryLoss, PointwiseLoss
+from posttrain.model.losses.sft import SFTLoss
+from posttrain.workflow.measures import LABELS, NOT_JUDGED, REWARDS
+from posttrain.workflow.policy import Training
+from posttrain.workflow.policy_model import Build
+
+WARMUP = "warmup"
+"""The stage before the recipe proper; the recipe's own is called as the method."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """What a recipe reads of data.sources and of data.held_out."""
+
+    wanted: str
+    """As in records.py."""
+    held_out: str
+    scored: bool = False
+    """Scores are taken at the end of an answer: see Encoder."""
+
+
+def rows_of(config: RunConfig) -> Rows:
+    """The kind of rows that the run's recipe trains and is evaluated on."""
+    match config.method.name:
+        case "grpo":
+            return Rows(wanted="conversation", held_out="prompt")
+        case "dpo":
+            return Rows(wanted="preference", held_out="preference")
+        case "reward":
+            kind = "preference" if config.method.kind == "pairs" else "unpaired"
+            return Rows(wanted=kind, held_out=kind, scored=True)
+        case "sft" | "distill":
+            return Rows(wanted="conversation", held_out="conversation")
+
+
+def loss_of(config: RunConfig, stage: str) -> Loss:
+    """What a stage on rows minimises."""
+    method = config.method
+    if stage == WARMUP:
+        return SFTLoss()
+    match method:
+        case DPO():
+            return DPOLoss(**method.model_dump(exclude={"name", "packs_per_step"}))
+        case RewardModel(kind="pairs"):
+            return BradleyTerryLoss(center_coef=method.center_coef)
+        case RewardModel():
+            return PointwiseLoss(kind="bce", label="label")
+        case Distill():
+            return DivergenceLoss(kind=method.kind, beta=method.beta, temperature=method.temperature)
+        case _:
+            return SFTLoss()
+
+
+def measures_of(config: RunConfig) -> list[tuple[Loss, dict[str, str]]]:
+    """What the held-out rows of an offline recipe are measured by: a loss, and its metrics -> names of measures."""
+    main, method = loss_of(config, config.method.name), config.method
+    match method:
+        case DPO():
+            # Against the reference the starting model wins nothing by definition; log p alone compares it too.
+            alone = DPOLoss(beta=1.0, reference_free=True)
+            names = {name: name for name in ("loss", "accuracy", "margin")}
+            return [(main, names), (alone, {"accuracy": "prefers_chosen"})]
+        case RewardModel(kind="pairs"):
+            return [(main, {name: name for name in ("loss", "accuracy", "margin")})]
+        case RewardModel():
+            return [(main, {name: name for name in ("loss", "accuracy")})]
+        case Distill():
+            return [(main, {"loss": "divergence"}), (SFTLoss(), {"loss": "loss"})]
+        case _:
+            return [(main, {"loss": "loss"})]
+
+
+def measure_names(config: RunConfig) -> list[str]:
+    """Measures of the run's final evaluation that a gate may name."""
+    found = set(REWARDS) if config.samples_completions else set()
+    if config.method.name != "grpo":
+        of_rows = measures_of(config)
+        found |= {name for _, names in of_rows for name in names.values()}
+        found |= {"perplexity"} if any(loss.reads == "tokens" for loss, _ in of_rows) else set()
+    return [name for name in LABELS if name in found - NOT_JUDGED]
+
+
+def training_of(config: RunConfig, stage: str) -> Training:
+    """The numbers of the optimizer in a stage; the warm-up decays linearly."""
+    optim, pack_tokens = config.optim, config.data.pack_tokens
+    if stage != WARMUP:
+        return Training(**optim.model_dump(), pack_tokens=pack_tokens)
+    assert config.warmup is not None, "a stage that the config does not have"
+    steps = config.warmup.num_steps
+    return Training(
+        **optim.model_dump(exclude={"num_steps", "lr", "schedule", "warmup_steps"}),
+        num_steps=steps,
+        lr=config.warmup.lr,
+        schedule="linear",
+        warmup_steps=min(optim.warmup_steps, steps),
+        pack_tokens=pack_tokens,
+    )
+
+
+def build_of(config: RunConfig, teacher_uri: str | None, *, trains: bool = True) -> Build:
+    """What the recipe makes of the model; the warm-up trains it as it is.
+
+    Args:
+        trains: off to measure a model, whose adapters are merged or not yet there.
+    """
+    lora = config.model.lora if trains else None
+    return Build(
+        lora=None if lora is None else LoRA(rank=lora.rank, alpha=lora.alpha, targets=lora.targets),
+        score_head=config.method.name == "reward",
+        teacher_uri=teacher_uri,
+        seed=config.seed,
+    )
+
+
+def trains_on_rows(config: RunConfig) -> bool:
+    """Whether data.sources are read at all."""
+    return config.method.name != "grpo" or config.warmup is not None
+
+
+def prompt_sets(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Sets of questions for the generator: name -> (key in the config, source)."""
+    if config.method.name == "grpo":
+        assert config.data.prompts is not None, "the config's own check asks for prompts"
+        return {
+            "prompts": ("data.prompts", config.data.prompts),
+            "held_out": ("data.held_out", config.data.held_out),
+        }
+    return {} if config.eval.prompts is None else {"questions": ("eval.prompts", config.eval.prompts)}
+
+
+def asked_set(config: RunConfig) -> str:
+    """The set that an evaluation asks."""
+    return "held_out" if config.method.name == "grpo" else "questions"
+
+
+def packs_per_step(config: RunConfig, stage: str) -> int:
+    """Packs of a global batch of a stage on rows."""
+    if stage == WARMUP:
+        assert config.warmup is not None, "a stage that the config does not have"
+        return config.warmup.packs_per_step
+    assert config.method.name != "grpo", "RL packs what it samples"
+    return config.method.packs_per_step
