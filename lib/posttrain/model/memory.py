@@ -49,6 +49,8 @@ class Setup:
     """Ranks that share the experts."""
     reference: bool = False
     """A frozen copy of the model beside it."""
+    generator: bool = False
+    """A generator's copy of the model, in bfloat16, on the same GPU; its cache of keys and values is not counted."""
     compiled: bool = True
     flex: bool = True
     """See activations.Saving."""
@@ -75,6 +77,7 @@ class Memory:
     communication: float = 0.0
     """Blocks gathered by FSDP2, and a gradient before it is scattered."""
     reference: float = 0.0
+    generator: float = 0.0
     overhead: float = 0.0
     """CUDA context and the allocator's slack."""
     moment: str = ""
@@ -157,6 +160,7 @@ def _held(sizes: _Sizes, setup: Setup) -> Memory:
         optimizer=(4 * masters + 2 * _moment_width(setup) * sizes.trained) / ranks,
         communication=gathered,
         reference=width * sizes.all / ranks if setup.reference else 0.0,
+        generator=2 * sizes.all * setup.tensor if setup.generator else 0.0,
     )
 
 
