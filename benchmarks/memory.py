@@ -125,7 +125,10 @@ def main() -> None:
     for size, precision, mode in product(options.sizes, options.precisions, options.checkpointing):
         case = {"size": size, "precision": precision, "activation_checkpointing": mode}
         case |= {"tokens": options.tokens, "packs": options.packs, "steps": options.steps}
-        expected, name = estimated(case), f"Qwen3 {size}, {options.packs} x {options.tokens} tokens, {precision}, {mode}"
+        expected, name = (
+            estimated(case),
+            f"Qwen3 {size}, {options.packs} x {options.tokens} tokens, {precision}, {mode}",
+        )
         found = _in_a_process(case, options.timeout)
         if isinstance(found, str):
             failed.append(name)

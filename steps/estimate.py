@@ -181,7 +181,9 @@ def _stages(config: RunConfig) -> list[Stage]:
     tokens, found = config.data.pack_tokens, []
     if config.warmup:
         packs = config.warmup.packs_per_step
-        found.append(Stage(name="warmup", steps=config.warmup.num_steps, packs=packs, doc_tokens=tokens, loss_share=1.0))
+        found.append(
+            Stage(name="warmup", steps=config.warmup.num_steps, packs=packs, doc_tokens=tokens, loss_share=1.0)
+        )
     steps, method = config.optim.num_steps, config.method
     if packs := getattr(method, "packs_per_step", None):
         return [*found, Stage(name=method.name, steps=steps, packs=packs, doc_tokens=tokens, loss_share=1.0)]

@@ -153,7 +153,9 @@ def _held(sizes: _Sizes, setup: Setup) -> Memory:
     kept = 4 * sizes.trained + width * (sizes.all - sizes.trained) if sharded else width * sizes.all
     gathered = 0.0
     if setup.data > 1:
-        gathered = width * (sizes.root + max((a + b for a, b in pairwise(sizes.blocks)), default=sizes.all - sizes.root))
+        gathered = width * (
+            sizes.root + max((a + b for a, b in pairwise(sizes.blocks)), default=sizes.all - sizes.root)
+        )
     return Memory(
         weights=kept / ranks,
         gradients=_gradient_width(setup) * sizes.trained / ranks if setup.micro_batches > 1 else 0.0,
