@@ -4,6 +4,7 @@ A config, a number of GPUs and their kind enter; a plain dict leaves. No weights
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,26 +110,24 @@ def changes(config: RunConfig, setup: Setup, usable: float) -> list[dict[str, An
     """
     model = meta_model(config)
     least = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    single: list[tuple[str, dict[str, Any]]] = []
+    single: list[tuple[str, Callable[[Setup], Setup]]] = []
     if setup.activation_checkpointing == "none":
-        single.append(("optim.activation_checkpointing: selective", {"activation_checkpointing": "selective"}))
+        single.append(("optim.activation_checkpointing: selective", _checkpointing("selective")))
     if setup.pack_tokens // 2 >= least:
-        half = {"pack_tokens": setup.pack_tokens // 2, "micro_batches": 2 * setup.micro_batches}
-        single.append((f"data.pack_tokens: {half['pack_tokens']}, twice the packs", half))
+        single.append((f"data.pack_tokens: {setup.pack_tokens // 2}, twice the packs", _half_packs))
     if setup.activation_checkpointing != "full":
-        single.append(("optim.activation_checkpointing: full", {"activation_checkpointing": "full"}))
-    more = {"data": 2 * setup.data, "micro_batches": max(1, setup.micro_batches // 2)}
-    single.append((f"{more['data']} data ranks on as many GPUs", more))
+        single.append(("optim.activation_checkpointing: full", _checkpointing("full")))
+    single.append((f"{2 * setup.data} data ranks on as many GPUs", _twice_the_ranks))
     if hasattr(config.parallel, "tensor"):
-        single.append((f"parallel.tensor: {2 * setup.tensor}, twice the GPUs", {"tensor": 2 * setup.tensor}))
-    found = [_change(name, memory(model, replace(setup, **values)), usable) for name, values in single]
-    together: dict[str, Any] = {}
-    names = []
-    for name, values in [each for each in single if "selective" not in each[0]]:
-        together |= values
+        twice = 2 * setup.tensor
+        single.append((f"parallel.tensor: {twice}, twice the GPUs", lambda old: replace(old, tensor=twice)))
+    found = [_change(name, memory(model, change(setup)), usable) for name, change in single]
+    together, names = setup, []
+    for name, change in [each for each in single if "selective" not in each[0]]:
+        together = change(together)
         names.append(name)
         if len(names) > 1 and not any(each["fits"] for each in found):
-            found.append(_change(" + ".join(names), memory(model, replace(setup, **together)), usable))
+            found.append(_change(" + ".join(names), memory(model, together), usable))
     if setup.precision != "bfloat16_stochastic":
         stochastic = memory(model, replace(setup, precision="bfloat16_stochastic"))
         found.append(_change("optim.precision: bfloat16_stochastic", stochastic, usable))
@@ -171,6 +170,19 @@ def meta_model(config: RunConfig) -> Decoder:
     if lora := getattr(config.model, "lora", None):
         add_lora(model, LoRA(rank=lora.rank, alpha=lora.alpha, targets=lora.targets), seed=config.seed)
     return model
+
+
+def _checkpointing(mode: str) -> Callable[[Setup], Setup]:
+    return lambda old: replace(old, activation_checkpointing=mode)
+
+
+def _half_packs(old: Setup) -> Setup:
+    rows = None if old.loss_rows is None else -(-old.loss_rows // 2)
+    return replace(old, pack_tokens=old.pack_tokens // 2, loss_rows=rows, micro_batches=2 * old.micro_batches)
+
+
+def _twice_the_ranks(old: Setup) -> Setup:
+    return replace(old, data=2 * old.data, micro_batches=-(-old.micro_batches // 2))
 
 
 def _change(name: str, peak: Memory, usable: float) -> dict[str, Any]:

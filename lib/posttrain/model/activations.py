@@ -1,4 +1,4 @@
-"""Bytes that a block's forward leaves for its backward, of T tokens: a pure function of its shape and of what is trained.
+"""Bytes that a block's forward leaves for its backward: a pure function of its shape and of what is trained.
 
 Compiled, as on GPUs, these are what the compiler's partitioner (min-cut, torch._functorch) keeps of the block's graph:
 inputs and outputs of matmuls and of attention; norms, activation and rotation are made again from their inputs, but
