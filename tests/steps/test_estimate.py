@@ -52,7 +52,7 @@ def test_what_does_not_fit_names_changes_that_were_computed(large: RunConfig):
     found = estimate(large, gpus=1, gpu="h100")
     assert not found["fits"] and found["memory"]["total"] > found["usable_bytes"] == GPUS["h100"].usable_bytes
     by_name = {each["change"]: each for each in found["changes"]}
-    assert list(by_name)[0] == "optim.activation_checkpointing: selective"
+    assert next(iter(by_name)) == "optim.activation_checkpointing: selective"
     assert any(each["fits"] for each in found["changes"])
     changed = large.model_copy(update={"optim": large.optim.model_copy(update={"activation_checkpointing": "full"})})
     there = estimate(changed, gpus=1, gpu="h100")["memory"]["total"]

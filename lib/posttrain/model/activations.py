@@ -13,7 +13,7 @@ from torch import nn
 
 from posttrain.model.decoder import Block
 from posttrain.model.families import DecoderConfig
-from posttrain.model.layers import Linear
+from posttrain.model.layers import MLP, Linear
 from posttrain.model.lora import Adapter
 from posttrain.model.moe import MoE
 
@@ -84,11 +84,12 @@ def stacked_bytes(block: Block, saving: Saving) -> float:
 
 def _mlp_bytes(config: DecoderConfig, mlp: nn.Module, saving: Saving) -> float:
     b, hidden = saving.width, config.hidden_size
-    if not isinstance(mlp, MoE):
+    if isinstance(mlp, MLP):
         size = config.mlp_size / saving.tensor
         kept = b * (2 * size + _adapted_again((mlp.gate_proj, mlp.up_proj)) / saving.tensor)
         kept += b * size if _reads_input(mlp.down_proj) else 0
         return kept + (b * hidden if _reads_input(mlp.gate_proj) or _reads_input(mlp.up_proj) else 0)
+    assert isinstance(mlp, MoE), "a block has an MLP or experts"
     experts, size = mlp.experts, _expert_size(config) / saving.tensor
     row = b * (2 * size + hidden)  # projected, output
     row += b * hidden if experts.gate_up_proj.requires_grad else 0
