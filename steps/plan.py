@@ -30,7 +30,7 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
         ConfigError: lists everything that does not resolve.
     """
     problems: list[str] = []
-    for check in (_check_plugins, _check_sources, _check_models, _check_gate, _check_devices):
+    for check in (_check_plugins, _check_sources, _check_models, _check_gate, _check_devices, _check_memory):
         problems += check(config)
     runs = flow.removesuffix("Flow").lower()
     if runs in RECIPES and runs != config.method.name:
@@ -121,6 +121,24 @@ def _check_devices(config: RunConfig) -> list[str]:
 
     found = torch.cuda.device_count()
     return [] if found >= wanted else [f"parallel.gpus_per_node: {wanted} wanted, this machine has {found}"]
+
+
+def _check_memory(config: RunConfig) -> list[str]:
+    """Where GPUs are to be seen from here: whether a rank fits the smallest of them."""
+    if not config.parallel.gpus_per_node or config.model.backend != "posttrain" or _check_models(config):
+        return []
+    import torch
+
+    sizes = [torch.cuda.get_device_properties(each).total_memory for each in range(torch.cuda.device_count())]
+    if not sizes:
+        return []
+    from steps.estimate import memory_problem
+
+    try:
+        problem = memory_problem(config, min(sizes))
+    except PosttrainError as error:
+        return [str(error)]
+    return [f"memory: {problem}"] if problem else []
 
 
 def _check_writable(root: str) -> list[str]:

@@ -53,6 +53,41 @@ def preview(
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="Run config, YAML.", metavar="CONFIG")],
+    gpus: Annotated[int | None, typer.Option(help="GPUs that train; the config's own when left out.", min=1)] = None,
+    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, b200, a100, a100-40, l40s, l4, a10g, rtx4090.")] = (
+        "h100"
+    ),
+    price: Annotated[float | None, typer.Option(help="Of one GPU and hour; no cost without it.", min=0)] = None,
+    mfu: Annotated[float | None, typer.Option(help="Share of the GPU's peak that is used.", min=0.01, max=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON and nothing else.")] = False,
+    config_value: Annotated[
+        list[str] | None, typer.Option(help="Override one key, as optim.lr=1e-4; may be repeated.", metavar="KEY=VALUE")
+    ] = None,
+) -> None:
+    """Memory, hours, cost and disk of a run before it starts; exit status 1 if a GPU is too small, with what to do."""
+    from posttrain.config_file import load_config
+    from posttrain.overrides import metaflow_arguments
+
+    words = [word for value in config_value or () for word in ("--config-value", value)]
+    *_, document = metaflow_arguments(["--config", config, *words], default=Path(config))
+    parsed = load_config(document)
+
+    from posttrain.workflow.plan_report import print_plan
+    from steps.estimate import estimate
+
+    with redirect_stdout(sys.stderr):
+        found = estimate(parsed, gpus=gpus, gpu=gpu, price=price, mfu=mfu)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_plan(found)
+    if not found["fits"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def audit(
     run: Annotated[str, typer.Argument(help="Folder or s3:// prefix of a run's files.", metavar="RUN")],
     other: Annotated[str | None, typer.Argument(help="A run to compare it with.", metavar="RUN2")] = None,

@@ -54,7 +54,7 @@ def test_the_installed_command_is_this_one():
 
 def test_help_names_the_commands():
     shown = posttrain("--help").stdout
-    assert "preview" in shown and "audit" in shown
+    assert "preview" in shown and "audit" in shown and "plan" in shown
 
 
 def test_audit_prints_what_was_proved(root):
@@ -124,3 +124,15 @@ def record(n):
 
 def files(folder: Path):
     return sorted(path.name for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+def test_plan_prints_a_table_or_json_and_its_verdict_is_the_exit_status(tmp_path):
+    small = ROOT / "configs" / "grpo_tiny.yaml"
+    done = posttrain("plan", small, "--gpus", 1, "--gpu", "l4", "--price", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"] is True
+    wide = {"hidden_size": 8192, "num_layers": 40, "num_heads": 64, "num_kv_heads": 8}
+    words = [word for key, value in wide.items() for word in ("--config-value", f"model.fresh.{key}={value}")]
+    done = posttrain("plan", small, "--gpus", 1, "--gpu", "l4", *words)
+    assert done.returncode == 1 and not done.stderr, done.stderr
+    assert "does not fit" in done.stdout and "bfloat16_stochastic" in done.stdout
