@@ -13,6 +13,7 @@ from posttrain.data.source import check_source
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.manifest import json_sha256
 from posttrain.plugin import resolve
+from posttrain.workflow.trackers import missing_packages
 
 LIBRARIES = ("posttrain", "torch", "transformers", "ray", "metaflow", "pydantic", "numpy", "vllm")
 
@@ -52,7 +53,9 @@ def _check_plugins(config: RunConfig) -> list[str]:
     plugins = {"reward.function": config.reward.function}
     if ":" in config.rollout.generator:
         plugins["rollout.generator"] = config.rollout.generator
-    problems = []
+    if config.tracking.custom:
+        plugins["tracking.custom"] = config.tracking.custom
+    problems = missing_packages(config.tracking.model_dump())
     for key, path in plugins.items():
         try:
             found = resolve(path, key=key)

@@ -21,6 +21,7 @@ from posttrain.workflow.observers import MetricsFile, Observer, Observers, Termi
 from posttrain.workflow.policy import Policy, Training
 from steps.hardware import hardware
 from steps.streams import open_stream
+from steps.tracking import tracking
 
 
 def train(
@@ -39,8 +40,8 @@ def train(
     if config.warmup is None:
         return {"model_uri": model_uri, "steps": 0}
     resources = hardware(config.parallel)
-    with ray_cluster(Gang(), **resources.cluster):
-        return asyncio.run(_train(config, root, model_uri, tokens_uri, list(observers), resources))
+    with ray_cluster(Gang(), **resources.cluster), tracking(config, root=root, phase="warmup") as trackers:
+        return asyncio.run(_train(config, root, model_uri, tokens_uri, [*observers, *trackers], resources))
 
 
 async def _train(config, root, model_uri, tokens_uri, observers, resources) -> dict[str, Any]:

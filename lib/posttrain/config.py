@@ -175,6 +175,25 @@ class Eval(Section):
     """Samples per row in the final evaluation, beside one greedy answer."""
 
 
+class Tracking(Section):
+    """Where metrics go beside the run's JSONL files; what fails there is counted and stops nothing."""
+
+    tensorboard: bool = False
+    """Event files in `tensorboard/` of the run's folder."""
+    mlflow: str | None = None
+    """URI of the tracking server; its credentials are in MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
+    wandb: str | None = None
+    """Project; WANDB_API_KEY and WANDB_MODE=offline are read from the environment."""
+    custom: Plugin | None = None
+    """Your own class, made without arguments: see Tracker in `posttrain/workflow/tracking.py`."""
+
+    @model_validator(mode="after")
+    def no_credentials(self):
+        if self.mlflow and "@" in self.mlflow.split("://")[-1].split("/")[0]:
+            raise ValueError("mlflow holds a password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return self
+
+
 class RunConfig(Section):
     """One run."""
 
@@ -191,6 +210,7 @@ class RunConfig(Section):
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def fits_together(self):
