@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import storage
+from posttrain.compute.verl_workers import INSTALL, verl_is_installed
 from posttrain.config import RunConfig
 from posttrain.data.source import check_source
 from posttrain.errors import ConfigError, PosttrainError
@@ -56,6 +57,8 @@ def _check_plugins(config: RunConfig) -> list[str]:
     if config.tracking.custom:
         plugins["tracking.custom"] = config.tracking.custom
     problems = missing_packages(config.tracking.model_dump())
+    if config.parallel.orchestrator == "verl" and not verl_is_installed():
+        problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
     for key, path in plugins.items():
         try:
             found = resolve(path, key=key)

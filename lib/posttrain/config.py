@@ -137,6 +137,9 @@ class Parallel(Section):
 
     backend: Literal["local", "kubernetes", "batch"] = "local"
     """Where Metaflow runs the steps."""
+    orchestrator: Literal["ray", "verl"] = "ray"
+    """Who starts policy ranks and generators and carries calls to them: Ray's actors, or the worker groups of verl's
+    single_controller; the results are the same to the bit."""
     data: int = Field(default=2, ge=1)
     """Data-parallel policy ranks, over all nodes."""
     nodes: int = Field(default=1, ge=1)
