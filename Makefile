@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow lint docs bench clean
+.PHONY: run test test-slow test-verl test-trackers lint docs bench clean
 .DEFAULT_GOAL := run
 
 # torch first and by its pinned version: a range asked for first may pull a CUDA build.
@@ -27,6 +27,26 @@ test: $(READY)  ## lint, types and the tests that take minutes together
 test-slow: $(READY)  ## the tests that `make test` leaves out: more kills, more faults
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# Both lanes get an environment of their own that sees the main one's packages: verl is installed without its
+# dependencies, which would pull a trainer and hold transformers back, and MLflow wants an older pyarrow.
+$(VENV)-%/.ready: $(READY)
+	$(PYTHON) -m venv $(VENV)-$*
+	$(abspath $(BIN))/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
+	  > "$$($(VENV)-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt $(PACKAGES)
+	$(if $(BARE),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(BARE))
+	rm -rf $(VENV)-$*/lib/python*/site-packages/tests $(VENV)-$*/lib/python*/site-packages/scripts  # of verl's wheel
+	touch $@
+
+test-verl: PACKAGES = "tensordict>=0.10,<0.16" omegaconf
+test-verl: BARE = "verl==0.9.1"
+test-verl: $(VENV)-verl/.ready  ## the GRPO flow on verl's worker groups, beside the default backend
+	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-verl/bin/python -m pytest tests/unit/compute/test_verl_workers.py tests/steps/test_grpo_on_verl.py
+
+test-trackers: PACKAGES = "mlflow>=3,<4" "wandb>=0.19,<1"
+test-trackers: $(VENV)-trackers/.ready  ## what MLflow and W&B themselves read back
+	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-trackers/bin/python -m pytest tests/unit/workflow/test_trackers.py
+
 lint: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -40,4 +60,4 @@ bench: $(READY)  ## the learning claim of the README: three seeds beside a run t
 	$(BIN)/python benchmarks/grpo_learning.py
 
 clean:
-	rm -rf $(VENV) runs .metaflow
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers runs .metaflow

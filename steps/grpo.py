@@ -20,6 +20,7 @@ from posttrain.workflow.observers import MetricsFile, Observer, Observers, Termi
 from posttrain.workflow.policy import Policy, Training
 from steps.hardware import hardware
 from steps.sampling import rollout_parts
+from steps.tracking import tracking
 
 SHOWN = ["reward/mean", "eval/reward", "policy/kl", "policy/entropy", "rollout/tokens_mean"]
 
@@ -43,7 +44,8 @@ def grpo(
     with ray_cluster(gang or Gang(), **resources.cluster) as driving:
         if not driving:
             return None
-        return asyncio.run(_grpo(config, root, model_uri, tokens_uri, list(observers), resources))
+        with tracking(config, root=root, phase="grpo") as trackers:
+            return asyncio.run(_grpo(config, root, model_uri, tokens_uri, [*observers, *trackers], resources))
 
 
 async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> dict[str, Any]:

@@ -40,9 +40,10 @@ def hardware(parallel: Parallel) -> Hardware:
         policy=Pool(
             gpus=0 if not gpus else 1 if alone else 0.6,
             threads=max(1, cores // ranks_per_node),
+            orchestrator=parallel.orchestrator,
             placement="PACK" if gpus else "SPREAD",  # GPUs of a node talk over NVLink; cores are for sharing the work
         ),
-        generator=Pool(gpus=0 if not gpus else 1 if alone else 0.4, threads=cores),
+        generator=Pool(gpus=0 if not gpus else 1 if alone else 0.4, threads=cores, orchestrator=parallel.orchestrator),
         ranks_on_one_node=min(parallel.data, gpus or parallel.data),
         data_workers=workers,
     )

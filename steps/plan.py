@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import storage
+from posttrain.compute.verl_workers import INSTALL, verl_is_installed
 from posttrain.config import Distill, Origin, RunConfig
 from posttrain.config_file import RECIPES
 from posttrain.data.source import check_source
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.manifest import json_sha256
 from posttrain.plugin import resolve
+from posttrain.workflow.trackers import missing_packages
 from steps.recipes import measure_names, prompt_sets, trains_on_rows
 
 LIBRARIES = ("posttrain", "torch", "transformers", "ray", "metaflow", "pydantic", "numpy", "vllm")
@@ -57,7 +59,11 @@ def _check_plugins(config: RunConfig) -> list[str]:
     plugins = {} if config.reward is None else {"reward.function": config.reward.function}
     if ":" in config.rollout.generator:
         plugins["rollout.generator"] = config.rollout.generator
-    problems = []
+    if config.tracking.custom:
+        plugins["tracking.custom"] = config.tracking.custom
+    problems = missing_packages(config.tracking.model_dump())
+    if config.parallel.orchestrator == "verl" and not verl_is_installed():
+        problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
     for key, path in plugins.items():
         try:
             found = resolve(path, key=key)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from posttrain import storage
 from posttrain.compute.checkpoint import Checkpoints
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.compute.data_workers import window_workers
-from posttrain.config import RunConfig
+from posttrain.config import Distill, RunConfig
 from posttrain.data.loader import loading
 from posttrain.data.pack import pack
 from posttrain.data.token_files import read_units
@@ -27,6 +27,7 @@ from steps.annotate import annotate, needs_reference
 from steps.hardware import Hardware, hardware
 from steps.recipes import WARMUP, build_of, loss_of, packs_per_step, training_of
 from steps.streams import HELD_OUT_UNITS, open_stream
+from steps.tracking import tracking
 
 SHOWN = ["loss", "accuracy", "margin", "eval/loss", "eval/accuracy", "grad_norm"]
 
@@ -71,12 +72,18 @@ def train(
     with ray_cluster(gang or Gang(), **resources.cluster) as driving:
         if not driving:
             return None
-        if recipe or teacher_uri is None or config.method.name != "distill" or not config.method.teacher.fresh:
-            return asyncio.run(_train(config, inputs, list(observers), resources))
-        # The student's turn has not come: the warm-up makes its teacher.
-        alone = Inputs(root=root, model_uri=teacher_uri, tokens_uri=tokens_uri, teacher_uri=None, stage=stage)
-        found = asyncio.run(_train(config, alone, list(observers), resources))
-        return found | {"model_uri": model_uri, "teacher_uri": found["model_uri"]}
+        with tracking(config, root=root, phase=stage) as trackers:
+            return _stage(config, inputs, [*observers, *trackers], resources)
+
+
+def _stage(config: RunConfig, inputs: Inputs, observers: list[Observer], resources: Hardware) -> dict[str, Any]:
+    """Train, and say whose weights the result is: in the warm-up of a distillation it may be the teacher's."""
+    method, teacher_uri = config.method, inputs.teacher_uri
+    makes_teacher = inputs.stage == WARMUP and isinstance(method, Distill) and method.teacher.fresh is not None
+    if not makes_teacher or teacher_uri is None:
+        return asyncio.run(_train(config, inputs, observers, resources))
+    found = asyncio.run(_train(config, replace(inputs, model_uri=teacher_uri, teacher_uri=None), observers, resources))
+    return found | {"model_uri": inputs.model_uri, "teacher_uri": found["model_uri"]}
 
 
 async def _train(config: RunConfig, inputs: Inputs, observers: list[Observer], resources: Hardware) -> dict[str, Any]:

@@ -59,3 +59,19 @@ def kills_its_process(row: Row, completion: str) -> float:
 
 def not_a_number(row: Row, completion: str) -> float:
     return float("nan")
+
+
+class DownTracker:
+    """A tracker whose server is gone."""
+
+    def start(self, facts):
+        return 0
+
+    def log(self, step, metrics):
+        raise ConnectionError("no route to host")
+
+    def text(self, step, name, text):
+        raise ConnectionError("no route to host")
+
+    def finish(self, status):
+        raise ConnectionError("no route to host")

@@ -88,7 +88,7 @@ def test_imports_point_one_way(path: Path):
             assert top not in ("flows", "tests"), f"a step may not import {name}"
         if top == "metaflow":
             assert METAFLOW.match(relative(path)), "Metaflow belongs to flows/ and the cards"
-        if top in ("ray", "vllm"):
+        if top in ("ray", "vllm", "verl"):
             assert RAY_OR_VLLM.match(relative(path)), f"{top} belongs to compute/"
 
 
@@ -97,7 +97,7 @@ def test_ray_and_vllm_are_imported_inside_functions(path: Path):
     top_level = ast.Module(
         [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)], []
     )
-    late = {"ray", "vllm", "steps"} if part_of(path) == "cli" else {"ray", "vllm"}
+    late = {"ray", "vllm", "verl"} | ({"steps"} if part_of(path) == "cli" else set())
     assert not {name.split(".")[0] for name in imports(top_level)} & late
 
 

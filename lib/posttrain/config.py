@@ -103,6 +103,9 @@ class Parallel(Section):
 
     backend: Literal["local", "kubernetes", "batch"] = "local"
     """Where Metaflow runs the steps."""
+    orchestrator: Literal["ray", "verl"] = "ray"
+    """Who starts policy ranks and generators and carries calls to them: Ray's actors, or the worker groups of verl's
+    single_controller; the results are the same to the bit."""
     data: int = Field(default=2, ge=1)
     """Data-parallel policy ranks, over all nodes."""
     nodes: int = Field(default=1, ge=1)
@@ -150,6 +153,25 @@ class Eval(Section):
     """Weights that an offline recipe hands on: the last, or those of the quick evaluation with the least loss."""
 
 
+class Tracking(Section):
+    """Where metrics go beside the run's JSONL files; what fails there is counted and stops nothing."""
+
+    tensorboard: bool = False
+    """Event files in `tensorboard/` of the run's folder."""
+    mlflow: str | None = None
+    """URI of the tracking server; its credentials are in MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
+    wandb: str | None = None
+    """Project; WANDB_API_KEY and WANDB_MODE=offline are read from the environment."""
+    custom: Plugin | None = None
+    """Your own class, made without arguments: see Tracker in `posttrain/workflow/tracking.py`."""
+
+    @model_validator(mode="after")
+    def no_credentials(self):
+        if self.mlflow and "@" in self.mlflow.split("://")[-1].split("/")[0]:
+            raise ValueError("mlflow holds a password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return self
+
+
 class RunConfig(Section):
     """One run."""
 
@@ -167,6 +189,7 @@ class RunConfig(Section):
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
+    tracking: Tracking = Tracking()
 
     @property
     def samples_completions(self) -> bool:

@@ -1,7 +1,6 @@
 """The engine: model + optimizer + schedule on one rank. The only backward() and the only optimizer.step()."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from posttrain.compute.collective import Ranks
 from posttrain.compute.master import Masters
+from posttrain.compute.step_timer import StepTimer
 from posttrain.data.types import Batch
 from posttrain.errors import ComputeError
 
@@ -57,30 +57,47 @@ class Engine:
         self._stepped_on = [p for group in optimizer.param_groups for p in group["params"]]
         self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
-    def train_step(self, step: int, batches: Sequence[Batch], loss_fn: Any, *, denominator: float) -> dict[str, float]:
-        """One optimizer step over this rank's micro-batches; metrics are global, equal on all ranks.
+    def train_step(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        loss_fn: Any,
+        *,
+        denominator: float,
+        timer: StepTimer | None = None,
+    ) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches; metrics but the times are global, equal on all ranks.
 
         Args:
             batches: this rank's share; may be empty, its gradient is then zero.
             loss_fn: what loss_sum reads; see model/losses.
             denominator: loss tokens of the global batch, over all ranks and micro-batches.
+            timer: one that began before, with what led to the step.
+
+        Returns:
+            metric means, grad_norm, lr, and time/{forward,backward,reduce,optimizer}_s of this rank; "reduce" is
+            the sum over the ranks, with the wait for the slowest of them, and the clipping.
 
         Raises:
             ComputeError: loss or gradient is NaN or infinite. No rank has then changed its weights.
         """
-        start = time.perf_counter()
+        timer = timer or StepTimer(self.ranks.device)
         sums: dict[str, Tensor] = {}
         for batch in batches:
             loss, metrics = self._functions.loss_sum(self.model, batch, loss_fn, scale=1 / denominator)
+            timer.mark("forward")
             loss.backward()
+            timer.mark("backward")
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
         self.ranks.sum_gradients(self._stepped_on)
         total = nn.utils.clip_grad_norm_(self._stepped_on, self.max_grad_norm)
+        timer.mark("reduce")
         # The one place of a step where the host waits for the device.
         norm, *read = torch.stack([total.double(), *sums.values()]).tolist()
-        forward_backward = time.perf_counter()
+        timer.synced()
         means = self._global_means(dict(zip(sums, read, strict=True)), denominator)
+        timer.mark("reduce")
         if not math.isfinite(norm) or not all(map(math.isfinite, means.values())):
             self.optimizer.zero_grad(set_to_none=True)
             raise ComputeError(f"step {step}: gradient norm {norm}, metrics {means}; the weights were not changed")
@@ -90,13 +107,8 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         if self._masters is not None:
             self._masters.publish()
-        done = time.perf_counter()
-        return means | {
-            "grad_norm": norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "time/forward_backward_s": forward_backward - start,
-            "time/optimizer_s": done - forward_backward,
-        }
+        timer.mark("optimizer")
+        return means | {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]} | timer.metrics()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_fn: Any, *, denominator: float) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """What the actors of a group reserve, and on which nodes they lie."""
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,13 +20,15 @@ class Pool:
     gpus: float = 0
     threads: int = 1
     """Compute threads of each actor."""
+    orchestrator: Literal["ray", "verl"] = "ray"
+    """Who starts the actors and carries calls to them."""
     placement: Literal["PACK", "SPREAD"] | None = None
     """PACK puts ranks that talk much onto as few nodes as hold them, SPREAD onto as many as there are; either
     reserves for all ranks at once and numbers those of one node consecutively. None places each actor by itself."""
 
 
 class Places:
-    """The reserved places of `count` actors: Ray options for each rank."""
+    """The reserved places of `count` actors: Ray options for each rank, and its bundle of `group` if there is one."""
 
     def __init__(self, name: str, pool: Pool, count: int):
         """
@@ -32,8 +36,9 @@ class Places:
             ComputeError: the cluster has no room for all of them.
         """
         self.group: Any = None
+        self.bundles: list[int] = []
         self.options: list[dict[str, Any]] = [{"scheduling_strategy": "SPREAD"}] * count
-        if pool.placement and count > 1:
+        if (pool.placement and count > 1) or pool.orchestrator == "verl":
             self._reserve(name, pool, count)
 
     def _reserve(self, name: str, pool: Pool, count: int) -> None:
@@ -45,10 +50,10 @@ class Places:
         if not self.group.wait(PLACE_S):
             self.release()
             raise ComputeError(f"{name}: no room for {count} actors of {each}; {_offered()}")
-        nodes = placement_group_table(self.group)["bundles_to_node_id"]
+        self.bundles = by_node(placement_group_table(self.group)["bundles_to_node_id"])
         self.options = [
             {"scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)}
-            for bundle in by_node(nodes)
+            for bundle in self.bundles
         ]
 
     def release(self) -> None:
@@ -58,6 +63,18 @@ class Places:
         if self.group is not None:
             remove_placement_group(self.group)
             self.group = None
+
+
+def environment(pool: Pool) -> dict[str, str]:
+    """Variables of an actor's process."""
+    found = {
+        "OMP_NUM_THREADS": str(pool.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # plug-ins import there as they do here
+    }
+    if not pool.gpus:
+        found["CUDA_VISIBLE_DEVICES"] = ""  # Ray would leave the machine's GPUs in sight
+    return found | {key: os.environ[key] for key in ("POSTTRAIN_FAULT",) if key in os.environ}
 
 
 def by_node(nodes: Mapping[int, str]) -> list[int]:

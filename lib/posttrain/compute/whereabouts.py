@@ -24,7 +24,7 @@ class Whereabouts:
     pid: int
     node_id: str
     logs: tuple[str, ...]
-    """Files of its standard error and output, on its own node."""
+    """Files of its standard output and error, on its own node."""
 
 
 def whereabouts(_actor: Any) -> Whereabouts:
@@ -32,7 +32,7 @@ def whereabouts(_actor: Any) -> Whereabouts:
     import ray
 
     logs = []
-    for stream in (2, 1):
+    for stream in (1, 2):
         try:
             file = os.readlink(f"/proc/self/fd/{stream}")
         except OSError:  # no /proc on this system
@@ -62,15 +62,18 @@ def last_words(where: Whereabouts) -> str:
 
 
 def tail(files: Sequence[str]) -> str:
-    """The last LINES lines of the first file that has any."""
+    """The last LINES lines of every file that has any."""
+    found = []
     for file in files:
         try:
             with open(file, "rb") as opened:
                 opened.seek(max(0, Path(file).stat().st_size - READ_BYTES))
                 text = opened.read().decode(errors="replace")
         except OSError as error:
-            return f"its log {file} could not be read: {error.strerror}"
+            found.append(f"its log {file} could not be read: {error.strerror}")
+            continue
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith(RAY_MARKS)]
         if lines:
-            return f"the last lines of its log {file}:\n" + "\n".join(f"    {line}" for line in lines[-LINES:])
-    return "its log is empty"
+            found.append(f"the last lines of its log {file}:")
+            found += [f"    {line}" for line in lines[-LINES:]]
+    return "\n".join(found) or "its log is empty"

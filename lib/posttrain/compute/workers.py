@@ -4,14 +4,13 @@ Everything above this file calls a group's methods and never sees Ray.
 """
 
 import asyncio
-import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from posttrain.compute.pool import Places, Pool
+from posttrain.compute.pool import Places, Pool, environment
+from posttrain.compute.verl_workers import VerlWorkers
 from posttrain.compute.whereabouts import Whereabouts, last_words, whereabouts
 from posttrain.deadline import within
 from posttrain.errors import ComputeError, PosttrainError, WorkerDiedError
@@ -34,21 +33,11 @@ class ActorGroup:
     """
 
     def __init__(self, name: str, cls: type, per_rank: Sequence[dict[str, Any]], pool: Pool | None = None):
-        import ray
-
         self.name, pool = name, pool or Pool()
         self.places = Places(name, pool, len(per_rank))
-        actor = ray.remote(cls)
-        same = {
-            "num_cpus": pool.cpus,
-            "num_gpus": pool.gpus,
-            "max_restarts": 0,
-            "runtime_env": {"env_vars": environment(pool)},
-        }
-        self.actors = [
-            actor.options(**same, **place).remote(**arguments)  # pyright: ignore[reportAttributeAccessIssue]
-            for place, arguments in zip(self.places.options, per_rank, strict=True)
-        ]
+        backend = VerlWorkers if pool.orchestrator == "verl" else RayActors
+        self.members = backend(cls, per_rank, pool, self.places)
+        self.actors = self.members.actors
         # Asked for now, because a dead or hung actor no longer answers.
         self._told = [each.__ray_call__.remote(whereabouts) for each in self.actors]
 
@@ -71,19 +60,18 @@ class ActorGroup:
 
         The first failure ends the wait, unless an actor turns out to have died: then that is the cause.
         """
-        calls = [
-            asyncio.ensure_future(self._one(rank, method, args, kwargs, timeout_s=timeout_s))
-            for rank, (args, kwargs) in enumerate(arguments)
-        ]
-        return await first_cause(calls)
+        answers = self.members.submit_all(method, arguments)
+        calls = [self._answer(rank, method, answer, timeout_s=timeout_s) for rank, answer in enumerate(answers)]
+        return await first_cause(list(map(asyncio.ensure_future, calls)))
 
     async def call_one(self, rank: int, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
         """Call `method` on one actor."""
-        return await self._one(rank, method, args, kwargs, timeout_s=timeout_s)
+        answer = self.members.submit(rank, method, args, kwargs)
+        return await self._answer(rank, method, answer, timeout_s=timeout_s)
 
     def start(self, rank: int, method: str, *args: Any) -> Any:
         """Begin `method` on one actor and return a handle to its result, to pass to another group unread."""
-        return getattr(self.actors[rank], method).remote(*args)
+        return self.members.submit(rank, method, args, {})
 
     def kill(self) -> None:
         """End every actor now, without running its exit handlers."""
@@ -119,11 +107,10 @@ class ActorGroup:
             except GetTimeoutError:
                 raise self._failed(rank, f": {method}() did not finish within {timeout_s:g} s") from None
 
-    async def _one(self, rank: int, method: str, args: tuple, kwargs: dict[str, Any], *, timeout_s: float) -> Any:
+    async def _answer(self, rank: int, method: str, answer: Any, *, timeout_s: float) -> Any:
         with self._named(rank, method):
-            reference = getattr(self.actors[rank], method).remote(*args, **kwargs)
             try:
-                return await within(timeout_s, "", reference)
+                return await within(timeout_s, "", answer)
             except ComputeError:  # the deadline: what the method raises arrives as a RayTaskError
                 raise self._failed(rank, f": {method}() did not finish within {timeout_s:g} s") from None
 
@@ -154,6 +141,33 @@ class ActorGroup:
         return kind("\n".join(part for part in (f"{self.name} {rank}{what} [{place}]", details, said) if part))
 
 
+class RayActors:
+    """Actors of Ray itself: the default backend."""
+
+    def __init__(self, cls: type, per_rank: Sequence[dict[str, Any]], pool: Pool, places: Places):
+        import ray
+
+        actor = ray.remote(cls)
+        same = {
+            "num_cpus": pool.cpus,
+            "num_gpus": pool.gpus,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": environment(pool)},
+        }
+        self.actors = [
+            actor.options(**same, **place).remote(**arguments)  # pyright: ignore[reportAttributeAccessIssue]
+            for place, arguments in zip(places.options, per_rank, strict=True)
+        ]
+
+    def submit(self, rank: int, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Begin `method` on one actor; a handle to its result."""
+        return getattr(self.actors[rank], method).remote(*args, **kwargs)
+
+    def submit_all(self, method: str, arguments: Sequence[tuple[tuple, dict[str, Any]]]) -> list[Any]:
+        """Begin `method` on all, each with its own arguments; handles in rank order."""
+        return [self.submit(rank, method, args, kwargs) for rank, (args, kwargs) in enumerate(arguments)]
+
+
 async def first_cause(calls: Sequence[asyncio.Future[Any]]) -> list[Any]:
     """Results in order; or raise the failure that explains the others: a death, else the first to come."""
     done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
@@ -164,18 +178,6 @@ async def first_cause(calls: Sequence[asyncio.Future[Any]]) -> list[Any]:
         done, _ = await asyncio.wait(calls, timeout=GRACE_S)
         failures += [error for call in done if (error := call.exception()) and error not in failures]
     raise next((error for error in failures if isinstance(error, WorkerDiedError)), failures[0])
-
-
-def environment(pool: Pool) -> dict[str, str]:
-    """Variables of an actor's process."""
-    found = {
-        "OMP_NUM_THREADS": str(pool.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # plug-ins import there as they do here
-    }
-    if not pool.gpus:
-        found["CUDA_VISIBLE_DEVICES"] = ""  # Ray would leave the machine's GPUs in sight
-    return found | {key: os.environ[key] for key in ("POSTTRAIN_FAULT",) if key in os.environ}
 
 
 def _cause(message: str) -> str:

@@ -36,6 +36,21 @@ class View:
     """time/{phase}_s -> colour."""
 
 
+TRAINED = {
+    "prepare": "#c9d8f5",
+    "forward": PALE,
+    "backward": charts.BLUE,
+    "reduce": "#1d4690",
+    "optimizer": "#5b4fc4",
+    "dispatch": "#d3d7dd",
+}
+"""The phases of an optimizer step, for both views."""
+RANKS = Chart(
+    "How even the ranks are",
+    "largest over mean",
+    (Line("perf/imbalance", "seconds taken"), Line("data/imbalance", "FLOPs dealt", ORANGE)),
+    scale="data",
+)
 GRPO = View(
     boxes={
         "eval/reward": "Held-out reward",
@@ -77,11 +92,12 @@ GRPO = View(
         Chart("Policy loss", "per trained token", (Line("loss", "loss"),), scale="data"),
         Chart("Gradient norm", "before clipping", (Line("policy/grad_norm", "norm"),)),
         Chart("Trainer against sampler", "mean |Δ logprob|, nats", (Line("policy/mismatch_abs", "mismatch"),)),
+        RANKS,
     ),
     phases={
         "generate": GREEN,
         "reward": charts.YELLOW,
-        "train": charts.BLUE,
+        **TRAINED,
         "sync": PURPLE,
         "eval": ORANGE,
         "checkpoint": charts.RED,
@@ -101,8 +117,9 @@ SFT = View(
         Chart("Entropy", "nats per token", (Line("entropy", "entropy"),)),
         Chart("Gradient norm", "before clipping", (Line("grad_norm", "norm"),)),
         Chart("Learning rate", "per step", (Line("lr", "rate"),)),
+        RANKS,
     ),
-    phases={"data": charts.YELLOW, "forward_backward": charts.BLUE, "optimizer": GREEN},
+    phases={"data_wait": charts.YELLOW, **TRAINED, "checkpoint": charts.RED},
 )
 REWARD_STATS = {"reward/mean", "reward/group_std", "reward/groups_without_signal"}
 
@@ -119,9 +136,10 @@ class TrainingCard:
         self.charts: dict[str, VegaChart] = {}
         self.drawn_at = 0.0
         self.status = Markdown(markup.block(markup.progress(0, num_steps, "waiting for the first step")))
-        self.samples = Markdown("")
+        self.samples, self.noted, self.notes = Markdown(""), Markdown(""), []
         self.card.append(Markdown(markup.page(title, facts)))
         self.card.append(self.status)
+        self.card.append(self.noted)
         self.card.refresh()
 
     def restore(self, history: Sequence[Metrics]) -> None:
@@ -137,6 +155,12 @@ class TrainingCard:
     def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
         """The best and the worst completion of the first groups."""
         self.samples.update(sample_table(step, groups))
+        self.card.refresh()
+
+    def note(self, text: str) -> None:
+        """Keep a note below the progress bar."""
+        self.notes.append(text)
+        self.noted.update(markup.block(markup.lines(self.notes)))
         self.card.refresh()
 
     def _draw(self) -> None:

@@ -93,10 +93,10 @@ def time_chart(rows: Sequence[Metrics], phases: dict[str, str]) -> dict[str, Any
         seconds["other"] = max(0.0, _mean(some, "time/step_s") - sum(seconds.values()))
         span = {"from": int(some[0]["step"]), "to": int(some[-1]["step"]) + 1}
         values += [
-            {**span, "phase": phase.replace("_", " and "), "seconds": _short(s), "order": order}
+            {**span, "phase": phase.replace("_", " "), "seconds": _short(s), "order": order}
             for order, (phase, s) in enumerate(seconds.items())
         ]
-    names = [*(phase.replace("_", " and ") for phase in phases), "other"]
+    names = [*(phase.replace("_", " ") for phase in phases), "other"]
     colours = {"domain": names, "range": [*phases.values(), GREY]}
     unit = "seconds" if width == 1 else f"seconds, mean of {width} steps"
     encoding = {

@@ -1,7 +1,7 @@
 """Where the seconds of one training step go, and when it is time to save."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -21,10 +21,17 @@ class Clock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def metrics(self) -> dict[str, float]:
-        """time/<phase>_s of every phase, and time/step_s since the start."""
+    def metrics(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """time/<phase>_s of every phase, time/other_s, and time/step_s since the start: what all others add up to.
+
+        Args:
+            measured: metrics whose time/* were taken inside the step and outside all phases.
+        """
+        step = time.perf_counter() - self.started
         named = {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
-        return named | {"time/step_s": time.perf_counter() - self.started}
+        elsewhere = sum(seconds for name, seconds in measured.items() if name.startswith("time/"))
+        other = max(0.0, step - sum(named.values()) - elsewhere)
+        return named | {"time/other_s": other, "time/step_s": step}
 
 
 class SaveClock:

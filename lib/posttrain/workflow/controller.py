@@ -85,16 +85,16 @@ class Controller:
             groups = await self.maker.collect(
                 prompts, self.ledger, clock, groups=self.plan.prompts_per_step, group_size=self.plan.group_size
             )
-            with clock.phase("train"):
-                metrics = await self._train(step, groups)
+            metrics = await self._train(step, groups)
             with clock.phase("sync"):
                 self.version += 1
                 await self._sync()
             if step + 1 == self.plan.num_steps:
                 with clock.phase("eval"):
                     measured["eval/reward"] = await self.evaluator.quick()
-            metrics |= measured | clock.metrics()
+            metrics |= measured | clock.metrics(metrics)
             self.observers.step({"step": step, **metrics})
+            self.observers.note(self.policy.notes)
             self.observers.rollouts(step, groups)
             clock = Clock()  # a commit counts to the step that has to wait for it
             with clock.phase("checkpoint"):

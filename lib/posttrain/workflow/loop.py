@@ -64,32 +64,34 @@ async def train(
         num_steps=plan.num_steps, every_steps=plan.checkpoint_every, every_seconds=plan.checkpoint_seconds
     )
     with load(state) as loader:
+        clock = Clock()
         for step in range(first, plan.num_steps):
-            clock = Clock()
-            with clock.phase("data"):
+            with clock.phase("data_wait"):
                 packs = loader.take(plan.packs_per_step)
             ledger.hand_out(sum(p.num_units for p in packs), loader.dropped)
             faults.point("loop.before_train")
-            with clock.phase("train"):
-                metrics = await policy.train_step(step, packs, loss)
+            metrics = await policy.train_step(step, packs, loss)
             ledger_file.append({"step": step, **ledger.commit(packs, draws=[n for p in packs for n in p.draws])})
             assert ledger.balance() == 0, f"the ledger does not balance after step {step}: {ledger.state()}"
             if held_out is not None:
                 with clock.phase("eval"):
                     metrics |= await held_out.measure(step, policy, loss, observers.history)
-            observers.step({"step": step, **metrics, **_pack_metrics(packs, plan.pack_tokens, clock)})
+            metrics |= clock.metrics(metrics)
+            observers.step({"step": step, **metrics, **_pack_metrics(packs, plan.pack_tokens, metrics)})
+            observers.note(policy.notes)
+            clock = Clock()  # a commit counts to the step that has to wait for it
             if saving.due(step + 1):
-                ledger_file.flush()
-                kept = {"ledger": ledger.state(), "loader": loader.state(), "history": observers.history}
-                await policy.save(checkpoints, step + 1, kept)
-                if held_out is not None:
-                    held_out.prune(observers.history)
+                with clock.phase("checkpoint"):
+                    ledger_file.flush()
+                    kept = {"ledger": ledger.state(), "loader": loader.state(), "history": observers.history}
+                    await policy.save(checkpoints, step + 1, kept)
+                    if held_out is not None:
+                        held_out.prune(observers.history)
     ledger_file.close()
     return ledger
 
 
-def _pack_metrics(packs: list, pack_tokens: int, clock: Clock) -> dict[str, float]:
-    times = clock.metrics()
+def _pack_metrics(packs: list, pack_tokens: int, times: dict[str, float]) -> dict[str, float]:
     tokens = sum(p.num_tokens for p in packs)
     named = {"data/tokens": tokens, "data/fill": fill(packs, pack_tokens=pack_tokens)}
-    return named | times | {"perf/tokens_per_s": tokens / (times["time/step_s"] - times.get("time/eval_s", 0.0))}
+    return named | {"perf/tokens_per_s": tokens / (times["time/step_s"] - times.get("time/eval_s", 0.0))}

@@ -27,6 +27,10 @@ class Observer(Protocol):
         """The scored groups of a step."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something that a person should know; said once."""
+        ...
+
 
 class Terminal:
     """One line a step: number, the named metrics, seconds, time left."""
@@ -56,6 +60,9 @@ class Terminal:
     def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
         """Nothing: rollouts are for the card."""
 
+    def note(self, text: str) -> None:
+        print(f"{self.label}: {text}", flush=True)
+
 
 class MetricsFile:
     """Every step as one JSON line; lines of steps that a resume will repeat are dropped."""
@@ -78,6 +85,9 @@ class MetricsFile:
 
     def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
         """Nothing: only numbers are kept here."""
+
+    def note(self, text: str) -> None:
+        """Nothing, as above."""
 
     def _write_all(self) -> None:
         storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
@@ -103,3 +113,10 @@ class Observers:
     def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
         for observer in self.observers:
             observer.rollouts(step, groups)
+
+    def note(self, texts: list[str]) -> None:
+        """Pass the notes on, and empty the list."""
+        for text in texts:
+            for observer in self.observers:
+                observer.note(text)
+        texts.clear()

@@ -1,5 +1,6 @@
 """The policy: SPMD ranks that hold the model and train it in step, and the group that drives them."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from posttrain.compute.device import set_up_device
 from posttrain.compute.engine import Engine, ModelFunctions
 from posttrain.compute.master import Masters
 from posttrain.compute.pool import Pool
+from posttrain.compute.step_timer import StepTimer
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import ActorGroup, node_address
 from posttrain.data.batch import collate
@@ -37,6 +39,7 @@ from posttrain.workflow.policy_model import (
     taught_by,
     write_adapter,
 )
+from posttrain.workflow.straggler import Stragglers, imbalance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,10 +164,12 @@ class PolicyRank:
 
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; global metrics, and how experts were used."""
+        timer = StepTimer(self.device)
         batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
         if self.has_reference:
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
-        metrics = self.engine.train_step(step, batches, loss, denominator=denominator)
+        timer.mark("prepare")
+        metrics = self.engine.train_step(step, batches, loss, denominator=denominator, timer=timer)
         return metrics | {name: float(value) for name, value in router_metrics(self.engine.model).items()}
 
     def evaluate(self, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
@@ -221,6 +226,9 @@ class Policy:
 
     def __init__(self, group: ActorGroup, costs: Costs, *, pack_tokens: int, timeout_s: float):
         self.group, self.costs, self.pack_tokens, self.timeout_s = group, costs, pack_tokens, timeout_s
+        self.stragglers = Stragglers(group.hosts)
+        self.notes: list[str] = []
+        """What a person should know of the ranks, each once; who shows a note takes it away."""
 
     @staticmethod
     async def launch(
@@ -244,13 +252,30 @@ class Policy:
         return Policy(group, costs, pack_tokens=training.pack_tokens, timeout_s=timeout_s)
 
     async def train_step(self, step: int, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
-        """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token or unit."""
+        """Deal the global batch to the ranks and take one optimizer step; metrics are means per loss token or unit.
+
+        The times are those of rank 0, and "dispatch" is the rest until every rank has answered.
+        """
+        started = time.perf_counter()
         denominator = count(loss, packs)
         ranks = len(self.group)
-        calls = [((step, share, loss, denominator), {}) for share in deal(packs, ranks=ranks, cost=self.costs.of)]
-        metrics, *_ = await self.group.call_each("train_step", calls, timeout_s=self.timeout_s)
-        seconds = metrics["time/forward_backward_s"] + metrics["time/optimizer_s"]
-        return metrics | self.costs.metrics(packs, seconds, ranks=ranks, pack_tokens=self.pack_tokens)
+        shares = deal(packs, ranks=ranks, cost=self.costs.of)
+        calls = [((step, share, loss, denominator), {}) for share in shares]
+        answers = await self.group.call_each("train_step", calls, timeout_s=self.timeout_s)
+        metrics = answers[0] | self._balance(answers, [sum(map(self.costs.of, share)) for share in shares])
+        seconds = sum(metrics.get(f"time/{name}_s", 0.0) for name in ("forward", "backward", "reduce", "optimizer"))
+        metrics |= self.costs.metrics(packs, seconds, ranks=ranks, pack_tokens=self.pack_tokens)
+        accounted = sum(value for name, value in metrics.items() if name.startswith("time/"))
+        return metrics | {"time/dispatch_s": max(0.0, time.perf_counter() - started - accounted)}
+
+    def _balance(self, answers: Sequence[dict[str, float]], work: Sequence[float]) -> dict[str, float]:
+        """How even the step was, by FLOPs dealt and by seconds taken; notes a straggler."""
+        if len(answers) == 1:
+            return {}
+        seconds = [a.get("time/forward_s", 0.0) + a.get("time/backward_s", 0.0) for a in answers]
+        note = self.stragglers.seen(seconds, work)
+        self.notes += [note] if note else []
+        return {"data/imbalance": imbalance(work), "perf/imbalance": imbalance(seconds)}
 
     async def evaluate(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
         """Metrics of packs that are not trained on, under the current weights."""

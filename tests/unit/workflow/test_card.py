@@ -21,7 +21,7 @@ def grpo_rows(count: int) -> list[dict[str, float]]:
     names = {line.metric for chart in GRPO.charts for line in chart.lines}
     rows = [{"step": float(i), **{name: 0.5 + i / 1e6 for name in names}, "time/step_s": 2.0} for i in range(count)]
     for row in rows:
-        row |= {"time/generate_s": 0.5, "time/train_s": 1.0}
+        row |= {"time/generate_s": 0.5, "time/backward_s": 1.0}
         if int(row["step"]) % 10 != 9:
             del row["eval/reward"]
     return rows
