@@ -7,19 +7,19 @@ from functools import partial
 from typing import Any
 
 from posttrain import storage
-from posttrain.compute.checkpoint import Checkpoints
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.compute.data_workers import window_workers
 from posttrain.config import RunConfig
 from posttrain.data.loader import loading
-from posttrain.manifest import json_sha256
 from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.loop import LoopPlan
 from posttrain.workflow.loop import train as run_loop
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy, Training
+from posttrain.workflow.stopping import StopSignal
 from steps.hardware import hardware
+from steps.saving import checkpoints_of, saver_of
 from steps.streams import open_stream
 
 
@@ -61,28 +61,29 @@ async def _train(config, root, model_uri, tokens_uri, observers, resources) -> d
         warmup_steps=min(config.optim.warmup_steps, steps),
         pack_tokens=config.data.pack_tokens,
     )
-    policy = await Policy.launch(
-        ranks=resources.ranks_on_one_node,
-        model_uri=model_uri,
-        backend=config.model.backend,
-        training=training,
-        reference=False,
-        timeout_s=config.rollout.timeout_s,
-        hardware=resources.policy,
-    )
+    uris = {"root": root, "model_uri": model_uri, "tokens_uri": tokens_uri}
     with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        kept = stack.enter_context(checkpoints_of(config, stage="warmup", shaped_by={"warmup"}, **uris).writing())
+        policy = await Policy.launch(
+            ranks=resources.ranks_on_one_node,
+            model_uri=model_uri,
+            backend=config.model.backend,
+            training=training,
+            reference=False,
+            timeout_s=config.rollout.timeout_s,
+            hardware=resources.policy,
+        )
         ledger = await run_loop(
             LoopPlan(
                 num_steps=steps,
                 packs_per_step=warmup.packs_per_step,
                 pack_tokens=config.data.pack_tokens,
-                checkpoint_every=config.checkpoint.every_steps,
-                checkpoint_seconds=config.checkpoint.every_minutes * 60,
             ),
             policy=policy,
             load=_loading(config, stack, model_uri, tokens_uri, workers=resources.data_workers),
             loss=SFTLoss(),
-            checkpoints=_checkpoints(config, root, model_uri, tokens_uri),
+            saver=saver_of(config, policy, kept, num_steps=steps, stop=stop),
             ledger_file=stack.enter_context(closing(LedgerFile(storage.join(root, "ledger", "warmup.jsonl")))),
             observers=seen,
         )
@@ -102,17 +103,6 @@ def _loading(config, stack, model_uri, tokens_uri, *, workers):
     works = stack.enter_context(window_workers(make, count=workers, timeout_s=timeout_s)) if workers else []
     budget = config.data.max_bad_rows
     return lambda state: loading(make(), workers=works, max_bad_rows=budget, state=state, timeout_s=timeout_s)
-
-
-def _checkpoints(config: RunConfig, root: str, model_uri: str, tokens_uri: str) -> Checkpoints:
-    """Checkpoints that only this config over these inputs may continue."""
-    shaping = config.model_dump(mode="json", include={"seed", "model", "data", "warmup", "optim"})
-    identity = {
-        "config": json_sha256(shaping),
-        "model": json_sha256(storage.manifest_of(model_uri)["files"]),
-        "tokens": json_sha256(storage.manifest_of(tokens_uri)["files"]),
-    }
-    return Checkpoints(storage.join(root, "checkpoints", "warmup"), identity=identity, keep=config.checkpoint.keep)
 
 
 if __name__ == "__main__":

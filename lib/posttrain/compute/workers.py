@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from posttrain.deadline import within
+from posttrain.compute.stacks import print_stacks, watched
+from posttrain.deadline import DeadlineError, within
 from posttrain.errors import ComputeError, PosttrainError
 
 
@@ -55,6 +56,8 @@ class ActorGroup:
             scheduling_strategy="SPREAD",
         )
         self.actors = [actor.remote(**arguments) for arguments in per_rank]
+        self._stacks: asyncio.Task[str] | None = None
+        self._watched = [each.__ray_call__.remote(watched) for each in self.actors]
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -107,7 +110,12 @@ class ActorGroup:
         who = f"{self.name} {rank}"
         with _named(who, method):
             reference = getattr(self.actors[rank], method).remote(*args, **kwargs)
-            return await within(timeout_s, f"{who}: {method}()", reference)
+            try:
+                return await within(timeout_s, f"{who}: {method}()", reference)
+            except DeadlineError as error:
+                if self._stacks is None or self._stacks.done():  # ranks that wait for each other are late together
+                    self._stacks = asyncio.create_task(asyncio.to_thread(print_stacks, self.name, self._watched))
+                raise ComputeError(f"{error}{await self._stacks}") from None
 
 
 @contextmanager

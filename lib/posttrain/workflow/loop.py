@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain import faults
-from posttrain.compute.checkpoint import Checkpoints
 from posttrain.data.loader import Loader
 from posttrain.data.pack import fill
 from posttrain.model.losses import Loss
-from posttrain.workflow.clock import Clock, SaveClock
+from posttrain.workflow.clock import Clock
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import Observers
 from posttrain.workflow.policy import Policy
+from posttrain.workflow.saving import Saver, restore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,6 @@ class LoopPlan:
     num_steps: int
     packs_per_step: int
     pack_tokens: int
-    checkpoint_every: int | None
-    checkpoint_seconds: float
 
 
 async def train(
@@ -34,7 +32,7 @@ async def train(
     policy: Policy,
     load: Callable[[dict[str, Any] | None], AbstractContextManager[Loader]],
     loss: Loss,
-    checkpoints: Checkpoints,
+    saver: Saver,
     ledger_file: LedgerFile,
     observers: Observers,
 ) -> Ledger:
@@ -49,17 +47,19 @@ async def train(
     Raises:
         DataError: the data end, are damaged, or hold too many bad rows.
         ComputeError: a worker died, hung, or produced NaN.
+        PreemptedError, StorageError, CheckpointError: see Saver.after_step().
     """
     ledger, first, state = Ledger(), 0, None
-    found = checkpoints.latest()
+    found = await restore(policy, saver.checkpoints)
     if found is not None:
-        await policy.restore(found.uri)
         ledger, first, state = Ledger(found.state["ledger"]), found.step, found.state["loader"]
     observers.restore(found.state["history"] if found else [])
     ledger_file.restore(first)
-    saving = SaveClock(
-        num_steps=plan.num_steps, every_steps=plan.checkpoint_every, every_seconds=plan.checkpoint_seconds
-    )
+
+    def kept() -> dict[str, Any]:
+        ledger_file.flush()
+        return {"ledger": ledger.state(), "loader": loader.state(), "history": observers.history}
+
     with load(state) as loader:
         for step in range(first, plan.num_steps):
             clock = Clock()
@@ -71,11 +71,9 @@ async def train(
                 metrics = await policy.train_step(step, packs, loss)
             ledger_file.append({"step": step, **ledger.commit(packs, draws=[n for p in packs for n in p.draws])})
             assert ledger.balance() == 0, f"the ledger does not balance after step {step}: {ledger.state()}"
-            observers.step({"step": step, **metrics, **_pack_metrics(packs, plan.pack_tokens, clock)})
-            if saving.due(step + 1):
-                ledger_file.flush()
-                kept = {"ledger": ledger.state(), "loader": loader.state(), "history": observers.history}
-                await policy.save(checkpoints, step + 1, kept)
+            metrics |= _pack_metrics(packs, plan.pack_tokens, clock) | saver.metrics()
+            observers.step({"step": step, **metrics})
+            await saver.after_step(step + 1, kept)
     ledger_file.close()
     return ledger
 

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posttrain import storage
-from posttrain.compute.checkpoint import Checkpoints, read_tensors
+from posttrain import faults, storage
 from posttrain.compute.collective import MeetingPoint, Ranks
+from posttrain.compute.committed import open_checkpoint
 from posttrain.compute.engine import Engine
+from posttrain.compute.shard_file import read_parts
+from posttrain.compute.snapshot import Snapshot
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import ActorGroup, node_address
 from posttrain.data.batch import collate
@@ -101,7 +103,7 @@ class PolicyRank:
             rank=self.rank,
             world_size=self.world_size,
             meeting=self.meeting if self.rank == 0 else address,
-            timeout_s=timeout_s,
+            timeout_s=2 * timeout_s,  # the driver's deadline comes first, and knows who did not answer
             device=self.device,
         )
         self.folder = storage.fetch(self.model_uri)
@@ -116,6 +118,7 @@ class PolicyRank:
             warmup_steps=training.warmup_steps,
             num_steps=training.num_steps,
         )
+        self.snapshot = Snapshot(rank=self.rank, world_size=self.world_size)
         self.engine = Engine(
             model,
             optimizer,
@@ -136,6 +139,7 @@ class PolicyRank:
 
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; global metrics, and how experts were used."""
+        faults.point("policy.train_step", self.rank)
         batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
         if self.reference is not None:
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
@@ -151,13 +155,31 @@ class PolicyRank:
         """digest() of weights(dtype), taken from what this rank holds."""
         return digest(self.weights(dtype).items())
 
-    def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
-        """Commit a checkpoint (rank 0 only: data-parallel replicas are equal)."""
-        return checkpoints.save(step, self.engine.state(), state)
+    def state_shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Shape and bytes of every whole tensor of the training state."""
+        state = self.engine.state()
+        return {name: (tuple(each.shape), each.numel() * each.element_size()) for name, each in state.items()}
+
+    def begin_save(self, folder: str) -> None:
+        """Copy this rank's share of the state to host memory and start to write it into `folder`."""
+        self.snapshot.begin(self.engine.state(), folder)
+
+    def save_result(self) -> dict[str, Any] | None:
+        """See Snapshot.result()."""
+        return self.snapshot.result()
 
     def restore(self, uri: str) -> None:
-        """Load a checkpoint; every rank reads and verifies it for itself."""
-        self.engine.load_state(read_tensors(storage.fetch(uri)))
+        """Fill this rank's share of the state from a checkpoint, by whatever ranks it was written.
+
+        Raises:
+            DamagedError: what this rank reads is not what was committed.
+            CheckpointError: it is of another model or optimizer; refused before its moments take memory.
+        """
+        found = open_checkpoint(uri)
+        found.index.only("model.").check_same(self.engine.parameters(), where=uri)
+        state = self.engine.state_to_fill()
+        found.index.check_same(state, where=uri)
+        read_parts(found.folder, found.index.stored(), state)
 
     def export(self, uri: str) -> str:
         """Publish the weights as a Hugging Face folder (rank 0 only)."""
@@ -205,12 +227,6 @@ class Policy:
         metrics, *_ = await self.group.call_each("train_step", calls, timeout_s=self.timeout_s)
         seconds = metrics["time/forward_backward_s"] + metrics["time/optimizer_s"]
         return metrics | self.costs.metrics(packs, seconds, ranks=ranks, pack_tokens=self.pack_tokens)
-
-    async def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
-        return await self.group.call_one(0, "save", checkpoints, step, state, timeout_s=self.timeout_s)
-
-    async def restore(self, uri: str) -> None:
-        await self.group.call("restore", uri, timeout_s=self.timeout_s)
 
     async def export(self, uri: str) -> str:
         return await self.group.call_one(0, "export", uri, timeout_s=self.timeout_s)
