@@ -20,8 +20,18 @@ import steps  # noqa: F401
 from placement import on_hardware, where_it_runs
 from posttrain.config import RunConfig
 from posttrain.config_file import load_config
-from posttrain.errors import ComputeError, ConfigError, DataError, ModelError, PosttrainError, SyncError
+from posttrain.errors import (
+    ComputeError,
+    ConfigError,
+    DataError,
+    ModelError,
+    PosttrainError,
+    PreemptedError,
+    StorageError,
+    SyncError,
+)
 from posttrain.overrides import metaflow_arguments
+from posttrain.workflow.stopping import EXIT_CODE
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -56,14 +66,18 @@ def refusing(program, *args, **kwargs):
     try:
         return program(*args, **kwargs)
     except PosttrainError as error:
-        global _final
-        _final = not isinstance(error, ComputeError | SyncError)
+        global _exit_code
+        if isinstance(error, PreemptedError):
+            _exit_code = EXIT_CODE
+        elif not isinstance(error, ComputeError | StorageError | SyncError):
+            _exit_code = METAFLOW_EXIT_DISALLOW_RETRY
         kind = Refused if isinstance(error, ConfigError | DataError | ModelError) else Stopped
         raise kind(f"{type(error).__name__}: {error}") from None
 
 
-_final = False
-"""Whether this process ended for a reason that a retry would only meet again; main() then tells Metaflow."""
+_exit_code: int | None = None
+"""What main() tells Metaflow by: that a retry would only meet the same again, or that the run was asked to stop, has
+saved, and goes on in the next attempt."""
 
 
 @on_hardware
@@ -260,6 +274,6 @@ def main(flow: type[FlowSpec], *, config: str) -> None:
     try:
         flow()
     except SystemExit:
-        if _final:
-            sys.exit(METAFLOW_EXIT_DISALLOW_RETRY)
+        if _exit_code is not None:
+            sys.exit(_exit_code)
         raise

@@ -4,15 +4,13 @@ In: the folder or s3:// prefix of a run, finished, running or killed. Out: what 
 the first fact that does not hold is an error that names file and step.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from posttrain import storage
-from posttrain.compute.checkpoint import STATE, STEP
+from posttrain.compute.committed import STATE, STEP, read_state
 from posttrain.config import RunConfig
 from posttrain.config_file import load_config
 from posttrain.data.files import list_files
@@ -207,7 +205,7 @@ def _check_checkpoints(uri: str, rows: Rows, folder: str) -> int | None:
         newest, where = int(found[1]), storage.join(folder, name)
         if newest > len(rows):
             raise CheckpointError(f"{uri} ends with step {len(rows) - 1}, and {where} holds {newest} steps")
-        held = _state(where)["ledger"]
+        held = read_state(where)["ledger"]
         last = rows[newest - 1]
         trained = sum(b - a + 1 for row in rows[:newest] for a, b in row["draws"])
         for fact, in_file in (("digest", last["digest"]), ("dropped", last["dropped"]), ("trained", trained)):
@@ -217,14 +215,6 @@ def _check_checkpoints(uri: str, rows: Rows, folder: str) -> int | None:
                     "they are of different histories"
                 )
     return newest
-
-
-def _state(uri: str) -> dict[str, Any]:
-    """A checkpoint's plain values, proved by its manifest; its tensors stay unread."""
-    data = storage.read_bytes(storage.join(uri, STATE))
-    if hashlib.sha256(data).hexdigest() != storage.manifest_of(uri)["files"][STATE]["sha256"]:
-        raise CheckpointError(f"{uri}/{STATE} differs from its hash: the bytes changed after they were written")
-    return json.loads(data)
 
 
 def _difference(mine: Rows, theirs: Rows) -> dict[str, Any] | None:

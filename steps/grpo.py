@@ -2,15 +2,14 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from posttrain import storage
-from posttrain.compute.checkpoint import Checkpoints
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
 from posttrain.data.advantage import advantages_of
-from posttrain.manifest import json_sha256
 from posttrain.model.losses import Loss
 from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, TruncatedLoss
 from posttrain.workflow.controller import Controller, Plan
@@ -18,8 +17,10 @@ from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy, Training
+from posttrain.workflow.stopping import StopSignal
 from steps.hardware import hardware
 from steps.sampling import rollout_parts
+from steps.saving import checkpoints_of, saver_of
 from steps.tracking import tracking
 
 SHOWN = ["reward/mean", "eval/reward", "policy/kl", "policy/entropy", "rollout/tokens_mean"]
@@ -44,12 +45,16 @@ def grpo(
     with ray_cluster(gang or Gang(), **resources.cluster) as driving:
         if not driving:
             return None
-        with tracking(config, root=root, phase="grpo") as trackers:
-            return asyncio.run(_grpo(config, root, model_uri, tokens_uri, [*observers, *trackers], resources))
+        uris = {"root": root, "model_uri": model_uri, "tokens_uri": tokens_uri}
+        shaped_by = {"warmup", "method", "rollout", "reward"}
+        kept = checkpoints_of(config, stage="grpo", shaped_by=shaped_by, **uris)
+        with StopSignal() as stop, kept.writing(), tracking(config, root=root, phase="grpo") as trackers:
+            saving = partial(saver_of, config, checkpoints=kept, num_steps=config.optim.num_steps, stop=stop)
+            return asyncio.run(_grpo(config, uris, [*observers, *trackers], resources, saving))
 
 
-async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> dict[str, Any]:
-    method, optim = config.method, config.optim
+async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
+    method, optim, (root, model_uri, tokens_uri) = config.method, config.optim, uris.values()
     assert isinstance(method, GRPO), "the flow has refused any other"
     parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
     policy = await Policy.launch(
@@ -72,21 +77,19 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
             weigh_by_sequence=method.weigh == "sequence",
             pack_tokens=config.data.pack_tokens,
             eval_every=config.eval.every_steps,
-            checkpoint_every=config.checkpoint.every_steps,
-            checkpoint_seconds=config.checkpoint.every_minutes * 60,
         ),
         policy=policy,
         maker=parts.maker,
         evaluator=Evaluator(parts.maker, parts.sets["held_out"]),
         loss=_loss(method, temperature=config.rollout.temperature),
-        checkpoints=_checkpoints(config, root, model_uri, tokens_uri),
+        saver=saving(policy),
         ledger_file=LedgerFile(storage.join(root, "ledger", "grpo.jsonl")),
         observers=seen,
     )
     await controller.run(parts.sets["prompts"])
     return {
         "model_uri": await policy.export(storage.join(root, "trained_model")),
-        "checkpoints": controller.checkpoints.uri,
+        "checkpoints": controller.saver.checkpoints.uri,
         "metrics": metrics_uri,
         "steps": optim.num_steps,
         "reward_first": round(seen.history[0]["reward/mean"], 4),
@@ -110,19 +113,6 @@ def _loss(method: GRPO, *, temperature: float) -> Loss:
             return ClippedLoss(**shared)
         case "sequence":
             return SequenceLoss(**shared)
-
-
-def _checkpoints(config: RunConfig, root: str, model_uri: str, tokens_uri: str) -> Checkpoints:
-    """Checkpoints that only this config over these inputs may continue."""
-    shaping = config.model_dump(
-        mode="json", include={"seed", "model", "data", "warmup", "method", "optim", "rollout", "reward"}
-    )
-    identity = {
-        "config": json_sha256(shaping),
-        "model": json_sha256(storage.manifest_of(model_uri)["files"]),
-        "tokens": json_sha256(storage.manifest_of(tokens_uri)["files"]),
-    }
-    return Checkpoints(storage.join(root, "checkpoints", "grpo"), identity=identity, keep=config.checkpoint.keep)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config_file import load_config
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, PreemptedError
+from posttrain.workflow.stopping import EXIT_CODE
 
 
 def main(step: Callable[..., dict[str, Any] | None]) -> None:
@@ -28,5 +29,8 @@ def main(step: Callable[..., dict[str, Any] | None]) -> None:
     try:
         config = load_config(json.dumps(inputs.pop("config")))
         print(json.dumps(step(config, **inputs), indent=2))
+    except PreemptedError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except PosttrainError as error:
         sys.exit(f"{type(error).__name__}: {error}")

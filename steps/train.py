@@ -16,16 +16,17 @@ from posttrain.data.loader import loading
 from posttrain.data.pack import pack
 from posttrain.data.token_files import read_units
 from posttrain.data.types import Pack
-from posttrain.manifest import json_sha256
 from posttrain.workflow.held_out import HeldOut
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.loop import LoopPlan
 from posttrain.workflow.loop import train as run_loop
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy, Training
+from posttrain.workflow.stopping import StopSignal
 from steps.annotate import annotate, needs_reference
 from steps.hardware import Hardware, hardware
 from steps.recipes import WARMUP, build_of, loss_of, packs_per_step, training_of
+from steps.saving import checkpoints_of, saver_of
 from steps.streams import HELD_OUT_UNITS, open_stream
 from steps.tracking import tracking
 
@@ -92,29 +93,28 @@ async def _train(config: RunConfig, inputs: Inputs, observers: list[Observer], r
     metrics_uri = storage.join(inputs.root, "metrics", f"{stage}.jsonl")
     terminal = Terminal(stage, steps, SHOWN, every=max(1, steps // 10))
     seen = Observers([terminal, MetricsFile(metrics_uri), *observers])
-    policy = await _launch(config, inputs, training, resources)
-    tokens_uri = inputs.tokens_uri
-    if recipe and needs_reference(config):
-        tokens_uri = await annotate(config, policy, root=inputs.root, tokens_uri=tokens_uri)
-    held_out = None
-    if recipe:
-        best = storage.join(inputs.root, "best_models") if config.eval.deliver == "best" else None
-        packs = held_out_packs(config, tokens_uri)
-        held_out = HeldOut(packs, every_steps=config.eval.every_steps, num_steps=steps, best_uri=best)
     ledger_uri = storage.join(inputs.root, "ledger", f"{stage}.jsonl")
     with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        kept = stack.enter_context(_checkpoints(config, inputs).writing())
+        policy = await _launch(config, inputs, training, resources)
+        tokens_uri, held_out = inputs.tokens_uri, None
+        if recipe and needs_reference(config):
+            tokens_uri = await annotate(config, policy, root=inputs.root, tokens_uri=tokens_uri)
+        if recipe:
+            best = storage.join(inputs.root, "best_models") if config.eval.deliver == "best" else None
+            packs = held_out_packs(config, tokens_uri)
+            held_out = HeldOut(packs, every_steps=config.eval.every_steps, num_steps=steps, best_uri=best)
         ledger = await run_loop(
             LoopPlan(
                 num_steps=steps,
                 packs_per_step=packs_per_step(config, stage),
                 pack_tokens=config.data.pack_tokens,
-                checkpoint_every=config.checkpoint.every_steps,
-                checkpoint_seconds=config.checkpoint.every_minutes * 60,
             ),
             policy=policy,
             load=_loading(config, stack, inputs, tokens_uri, workers=resources.data_workers),
             loss=loss_of(config, stage),
-            checkpoints=_checkpoints(config, inputs),
+            saver=saver_of(config, policy, kept, num_steps=steps, stop=stop),
             ledger_file=stack.enter_context(closing(LedgerFile(ledger_uri))),
             observers=seen,
             held_out=held_out,
@@ -131,6 +131,19 @@ async def _train(config: RunConfig, inputs: Inputs, observers: list[Observer], r
         "metrics": metrics_uri,
         "ledger": ledger.state(),
     }
+
+
+def _checkpoints(config: RunConfig, inputs: Inputs) -> Checkpoints:
+    """Checkpoints of this stage."""
+    return checkpoints_of(
+        config,
+        root=inputs.root,
+        stage=inputs.stage,
+        shaped_by={"warmup"} if inputs.stage == WARMUP else {"warmup", "method"},
+        model_uri=inputs.model_uri,
+        tokens_uri=inputs.tokens_uri,
+        teacher_uri=inputs.teacher_uri,
+    )
 
 
 def held_out_packs(config: RunConfig, tokens_uri: str) -> list[Pack]:
@@ -160,20 +173,6 @@ def _loading(config: RunConfig, stack: ExitStack, inputs: Inputs, tokens_uri: st
     works = stack.enter_context(window_workers(make, count=workers, timeout_s=timeout_s)) if workers else []
     budget = config.data.max_bad_rows
     return lambda state: loading(make(), workers=works, max_bad_rows=budget, state=state, timeout_s=timeout_s)
-
-
-def _checkpoints(config: RunConfig, inputs: Inputs) -> Checkpoints:
-    """Checkpoints that only this config over these inputs may continue."""
-    names = {"seed", "model", "data", "warmup", "optim"} | ({"method"} if inputs.stage != WARMUP else set())
-    identity = {
-        "config": json_sha256(config.model_dump(mode="json", include=names)),
-        "model": json_sha256(storage.manifest_of(inputs.model_uri)["files"]),
-        "tokens": json_sha256(storage.manifest_of(inputs.tokens_uri)["files"]),
-    }
-    if inputs.teacher_uri is not None:
-        identity["teacher"] = json_sha256(storage.manifest_of(inputs.teacher_uri)["files"])
-    uri = storage.join(inputs.root, "checkpoints", inputs.stage)
-    return Checkpoints(uri, identity=identity, keep=config.checkpoint.keep)
 
 
 if __name__ == "__main__":

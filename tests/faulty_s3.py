@@ -1,7 +1,9 @@
-"""A proxy in front of an S3 server that breaks ranged GETs as a script says, and keeps a log of what it served."""
+"""A proxy in front of an S3 server that breaks ranged GETs as a script says, or a share of all requests, and keeps a
+log of what it served."""
 
 import http.client
 import os
+import random
 import socket
 import struct
 import threading
@@ -24,11 +26,14 @@ class Fault(StrEnum):
     TRUNCATED = "truncated"
     STALLED = "stalled"
     DRIPPING = "dripping"
+    LOST_ANSWER = "carried out, then reset before headers"
     NO_IF_MATCH = "ignores If-Match"
     NO_RANGE = "ignores Range"
 
 
 CODES = {Fault.SERVER_ERROR: "InternalError", Fault.SLOW_DOWN: "SlowDown", Fault.NOT_FOUND: "NoSuchKey"}
+ANY_REQUEST = (Fault.SERVER_ERROR, Fault.SLOW_DOWN, Fault.RESET_BEFORE_HEADERS, Fault.LOST_ANSWER)
+"""What a share of all requests is answered with."""
 CODES |= {Fault.FORBIDDEN: "AccessDenied"}
 
 
@@ -50,6 +55,10 @@ class FaultyS3:
         """Faults of the next GETs, in order of arrival; None lets one pass."""
         self.always: Fault | None = None
         """Fault of every GET once the script is over."""
+        self.rate = 0.0
+        """Share of all requests, of any method, that is broken; drawn from a fixed seed."""
+        self.broken = 0
+        self._draws = random.Random(0)
         self.gets: list[Get] = []
         self.arrived, self.over = threading.Event(), threading.Event()
         self._lock = threading.Lock()
@@ -74,6 +83,15 @@ class FaultyS3:
         self.gets.clear()
         self.arrived.clear()
         self.always = None
+        self.rate, self.broken, self._draws = 0.0, 0, random.Random(0)
+
+    def drawn_fault(self) -> Fault | None:
+        """Whether this request is one of the share."""
+        with self._lock:
+            if self._draws.random() >= self.rate:
+                return None
+            self.broken += 1
+            return self._draws.choice(ANY_REQUEST)
 
     def next_fault(self, path: str, byte_range: str) -> Fault | None:
         with self._lock:
@@ -106,16 +124,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         proxy: FaultyS3 = self.server.proxy
-        fault = proxy.next_fault(self.path, self.headers["Range"]) if "Range" in self.headers else None
+        fault = proxy.drawn_fault()
+        if fault is None and "Range" in self.headers:
+            fault = proxy.next_fault(self.path, self.headers["Range"])
         if fault in CODES:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self._answer(int(fault), {}, f"<Error><Code>{CODES[fault]}</Code></Error>".encode())
         elif fault == Fault.RESET_BEFORE_HEADERS:
+            self._reset()
+        elif fault == Fault.LOST_ANSWER:
+            self._ask(proxy.upstream, None)
             self._reset()
         else:
             status, headers, body = self._ask(proxy.upstream, fault)
             self._spoil(proxy, fault, status, headers, body)
 
-    do_HEAD = do_PUT = do_GET  # noqa: N815
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
     def _ask(self, upstream: str, fault: Fault | None):
         dropped = {"connection"} | {Fault.NO_IF_MATCH: {"if-match"}, Fault.NO_RANGE: {"range"}}.get(fault, set())
@@ -147,8 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
             for byte in body:
                 if proxy.over.wait(0.02) or not self._send(bytes([byte])):
                     break
-        else:
-            self._answer(status, headers, body)
+        else:  # a HEAD has the length of the body that it has not
+            length = next((int(v) for k, v in headers.items() if k.lower() == "content-length"), len(body))
+            self._answer(status, headers, body, content_length=length if self.command == "HEAD" else None)
 
     def _answer(self, status: int, headers: dict, body: bytes, content_length: int | None = None):
         self.send_response(status)

@@ -11,14 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = [path for folder in ("lib", "steps", "flows") for path in sorted((ROOT / folder).rglob("*.py"))]
 
-GROUND = {"errors", "plugin", "deadline", "faults", "manifest", "storage"}
+GROUND = {"errors", "plugin", "deadline", "faults", "manifest", "s3", "storage"}
 MAY_IMPORT = {
     "errors": set(),
     "deadline": {"errors"},
     "faults": set(),
     "manifest": {"errors"},
     "plugin": {"errors"},
-    "storage": {"errors", "faults", "manifest"},
+    "s3": {"errors"},
+    "storage": {"errors", "faults", "manifest", "s3"},
     "config_section": set(),
     "config_data": {"config_section"},
     "config_model": {"config_section"},

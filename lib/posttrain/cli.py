@@ -121,6 +121,21 @@ def verify(
         _print_verified(found, names)
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A run's checkpoints/STAGE/step_N.", metavar="CHECKPOINT")],
+    out: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write; must not exist.", metavar="OUT")],
+    model: Annotated[str | None, typer.Option(help="Model that training began with, if it was moved.")] = None,
+) -> None:
+    """Make a Hugging Face folder of a committed checkpoint, on a CPU, while the run goes on or after it."""
+    from steps.export_checkpoint import export_checkpoint
+
+    uris = {"model_uri": None if model is None else _absolute(model)}
+    with redirect_stdout(sys.stderr):
+        made = export_checkpoint(_absolute(checkpoint), _absolute(out), **uris)
+    print(json.dumps(made, indent=2))
+
+
 def _absolute(root: str) -> str:
     from posttrain.storage import is_s3
 

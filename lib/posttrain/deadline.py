@@ -9,15 +9,19 @@ from posttrain.errors import ComputeError
 T = TypeVar("T")
 
 
+class DeadlineError(ComputeError):
+    """The wait is over, and what was waited for is not."""
+
+
 async def within(seconds: float, what: str, awaitable: Awaitable[T]) -> T:
     """Await with a deadline.
 
     Raises:
-        ComputeError: `what` did not finish in time.
+        DeadlineError: `what` did not finish in time.
     """
     task = asyncio.ensure_future(awaitable)
     done, _ = await asyncio.wait({task}, timeout=seconds)  # not wait_for: the work may raise a TimeoutError of its own
     if not done:
         task.cancel()
-        raise ComputeError(f"{what} did not finish within {seconds:g} s")
+        raise DeadlineError(f"{what} did not finish within {seconds:g} s")
     return task.result()

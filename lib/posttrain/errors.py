@@ -41,6 +41,18 @@ class CheckpointError(PosttrainError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint's bytes are not those that were committed; the one before it may be used."""
+
+
+class StorageError(PosttrainError, RuntimeError):
+    """A disk is full or a store does not answer within its budget; what is committed is untouched."""
+
+
+class PreemptedError(PosttrainError, RuntimeError):
+    """The run was asked to stop, has saved, and goes on from there when it is started again."""
+
+
 class ComputeError(PosttrainError, RuntimeError):
     """A worker died, hung past its deadline, or produced a value that must stop the run."""
 

@@ -11,13 +11,14 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from posttrain import faults
+from posttrain import faults, s3
 from posttrain.errors import CheckpointError
 from posttrain.manifest import MANIFEST, verify_folder, write_manifest
+
+s3_client = s3.s3_client
 
 
 def is_s3(uri: str) -> bool:
@@ -45,9 +46,8 @@ def publish(local: str | Path, uri: str, **facts: Any) -> None:
     manifest = write_manifest(local, **facts)
     faults.point("publish.before_commit")
     if is_s3(uri):
-        client, bucket, prefix = _s3(uri)
         for name in [*manifest["files"], MANIFEST]:  # the manifest last: it is the commit
-            client.upload_file(str(Path(local, name)), bucket, f"{prefix}/{name}")
+            _upload(Path(local, name), join(uri, name))
         shutil.rmtree(local)
     else:
         _move(Path(local), Path(uri))
@@ -96,14 +96,14 @@ def fetch(uri: str) -> Path:
 
 def download(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> Path:
     """The objects below an s3:// prefix that end in one of `suffixes`, in a new local folder; nothing is verified."""
-    client, bucket, prefix = _s3(uri)
+    bucket, prefix = s3.place(uri)
     local = Path(tempfile.mkdtemp(prefix="posttrain-"))
-    for key in _keys(client, bucket, f"{prefix}/"):
+    for key in _keys(bucket, f"{prefix}/"):
         if not key.endswith(suffixes):
             continue
         target = local / key[len(prefix) + 1 :]
         target.parent.mkdir(parents=True, exist_ok=True)
-        client.download_file(bucket, key, str(target))
+        _download(bucket, key, target)
     return local
 
 
@@ -122,24 +122,28 @@ def exists(uri: str) -> bool:
     """Whether a file exists."""
     if not is_s3(uri):
         return Path(uri).is_file()
-    from botocore.exceptions import ClientError
+    return size_of(uri) is not None
 
-    client, bucket, key = _s3(uri)
+
+def size_of(uri: str) -> int | None:
+    """Bytes of a file; None when there is none."""
+    if not is_s3(uri):
+        return Path(uri).stat().st_size if Path(uri).is_file() else None
+    bucket, key = s3.place(uri)
     try:
-        client.head_object(Bucket=bucket, Key=key)
-    except ClientError as error:
-        if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
-            return False
+        return s3.patiently(f"looking for {uri}", lambda c: c.head_object(Bucket=bucket, Key=key))["ContentLength"]
+    except Exception as error:
+        if s3.code_of(error) in ("404", "NoSuchKey", "NotFound"):
+            return None
         raise
-    return True
 
 
 def list_folders(uri: str) -> list[str]:
     """Names of the folders directly below `uri`, sorted; none when it does not exist."""
     if not is_s3(uri):
         return sorted(p.name for p in Path(uri).iterdir() if p.is_dir()) if Path(uri).is_dir() else []
-    client, bucket, prefix = _s3(uri)
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/", Delimiter="/")
+    bucket, prefix = s3.place(uri)
+    pages = _pages(Bucket=bucket, Prefix=f"{prefix}/", Delimiter="/")
     return sorted(p["Prefix"].rstrip("/").rsplit("/", 1)[1] for page in pages for p in page.get("CommonPrefixes", []))
 
 
@@ -149,10 +153,10 @@ def remove_folder(uri: str) -> None:
         Path(uri, MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(uri)
         return
-    client, bucket, prefix = _s3(uri)
-    client.delete_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")
-    for key in _keys(client, bucket, f"{prefix}/"):
-        client.delete_object(Bucket=bucket, Key=key)
+    bucket, prefix = s3.place(uri)
+    remove_file(join(uri, MANIFEST))
+    for key in _keys(bucket, f"{prefix}/"):
+        remove_file(f"s3://{bucket}/{key}")
 
 
 def set_aside(uri: str) -> str:
@@ -174,15 +178,14 @@ def read_bytes(uri: str) -> bytes:
     """The bytes of one file."""
     if not is_s3(uri):
         return Path(uri).read_bytes()
-    client, bucket, key = _s3(uri)
-    return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    return s3.get_object(uri)[0]
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Replace one file whole: readers see the old bytes or the new."""
     if is_s3(uri):
-        client, bucket, key = _s3(uri)
-        client.put_object(Bucket=bucket, Key=key, Body=data)
+        bucket, key = s3.place(uri)
+        s3.patiently(f"writing {uri}", lambda client: client.put_object(Bucket=bucket, Key=key, Body=data))
         return
     path = Path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,55 +199,26 @@ def remove_file(uri: str) -> None:
     if not is_s3(uri):
         Path(uri).unlink()
         return
-    client, bucket, key = _s3(uri)
-    client.delete_object(Bucket=bucket, Key=key)
+    bucket, key = s3.place(uri)
+    s3.patiently(f"deleting {uri}", lambda client: client.delete_object(Bucket=bucket, Key=key))
 
 
-def s3_client(
-    *, retries: int = 8, connect_timeout_s: float = 10, read_timeout_s: float = 30, connections: int = 10
-) -> Any:
-    """The boto3 S3 client of this process with these limits: made once, shared by all threads.
-
-    `retries` are boto3's own, 8 for a budget of minutes, not Metaflow's possible 80; 0 leaves them to the caller.
-    """
-    aws = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    endpoint = os.environ.get("METAFLOW_S3_ENDPOINT_URL")  # as Metaflow's own datastore; boto3 reads AWS_* itself
-    return _client(os.getpid(), aws, endpoint, retries, connect_timeout_s, read_timeout_s, connections)
+def _upload(local: Path, uri: str) -> None:
+    bucket, key = s3.place(uri)
+    s3.patiently(f"writing {uri}", lambda client: client.upload_file(str(local), bucket, key))
 
 
-def _s3(uri: str) -> tuple[Any, str, str]:
-    """Client, bucket, key."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return s3_client(), bucket, key.rstrip("/")
+def _download(bucket: str, key: str, target: Path) -> None:
+    s3.patiently(f"reading s3://{bucket}/{key}", lambda client: client.download_file(bucket, key, str(target)))
 
 
-@lru_cache(maxsize=16)
-def _client(
-    _pid: int,
-    _aws: tuple[tuple[str, str], ...],
-    endpoint: str | None,
-    retries: int,
-    connect_timeout_s: float,
-    read_timeout_s: float,
-    connections: int,
-) -> Any:
-    """One client for each process, as sockets do not survive a fork, and for each state of boto3's environment."""
-    from boto3.session import Session
-    from botocore.config import Config
-
-    config = Config(
-        retries={"mode": "adaptive" if retries else "standard", "max_attempts": retries},
-        connect_timeout=connect_timeout_s,
-        read_timeout=read_timeout_s,
-        max_pool_connections=connections,
-    )
-    # A session of its own: making clients from boto3's default session is not thread-safe.
-    return Session().client("s3", config=config, endpoint_url=endpoint)
+def _pages(**query: Any) -> list[dict[str, Any]]:
+    what = f"listing s3://{query['Bucket']}/{query['Prefix']}"
+    return s3.patiently(what, lambda client: list(client.get_paginator("list_objects_v2").paginate(**query)))
 
 
-def _keys(client: Any, bucket: str, prefix: str) -> list[str]:
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+def _keys(bucket: str, prefix: str) -> list[str]:
+    return [entry["Key"] for page in _pages(Bucket=bucket, Prefix=prefix) for entry in page.get("Contents", [])]
 
 
 def _move(local: Path, target: Path) -> None:
@@ -259,11 +233,12 @@ def _move(local: Path, target: Path) -> None:
             raise
         target.rename(f"{target}.stray-{uuid.uuid4().hex[:12]}")  # left by no publish: kept, out of the way
         os.rename(local, target)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: str | Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

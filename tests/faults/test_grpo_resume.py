@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from runs import Prepared, metrics, prepared, result_of, run_step, small_config
+from saves import files_of
 
 CONFIG = small_config()
 
@@ -25,7 +26,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "metrics": metrics(folder / "metrics" / "grpo.jsonl"),
         "weights": (folder / "trained_model" / "model.safetensors").read_bytes(),
-        "state": (folder / "checkpoints" / "grpo" / "step_000006" / "tensors.safetensors").read_bytes(),
+        "state": files_of(folder / "checkpoints" / "grpo" / "step_000006"),
     }
 
 
@@ -52,23 +53,25 @@ def test_driver_killed_between_steps_resumes_bitwise(base: Prepared, uninterrupt
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "who"),
     [
-        "publish.before_commit@2",
-        pytest.param("checkpoint.after_tensors@2", marks=pytest.mark.slow),
-        pytest.param("publish.after_commit@2", marks=pytest.mark.slow),
+        ("engine.before_update.1@4", "policy 1 died during train_step"),
+        pytest.param("engine.before_update.0@3", "policy 0 died during train_step", marks=pytest.mark.slow),
+        pytest.param("policy.train_step.1@6", "policy 1 died during train_step", marks=pytest.mark.slow),
+        pytest.param("checkpoint.after_snapshot.0@2", "policy 0 died during ", marks=pytest.mark.slow),
+        pytest.param("checkpoint.mid_shard.1@9", "policy 1 died during ", marks=pytest.mark.slow),
+        pytest.param("checkpoint.after_tensors.1@2", "policy 1 died during ", marks=pytest.mark.slow),
     ],
 )
-def test_rank_killed_while_writing_a_checkpoint_resumes_bitwise(
-    base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str
+def test_rank_killed_in_a_step_or_while_writing_resumes_bitwise(
+    base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str, who: str
 ):
     killed = grpo(base, tmp_path, fault=fault)
-    assert killed.returncode != 0 and "policy 0 died during save()" in killed.stderr
-    steps = sorted(p.name for p in (tmp_path / "checkpoints" / "grpo").glob("step_??????"))
-    assert steps == (["step_000002", "step_000004"] if fault.startswith("publish.after") else ["step_000002"])
+    assert killed.returncode != 0 and who in killed.stderr
     resumed = grpo(base, tmp_path)
     assert "continuing after step" in resumed.stdout
     assert outcome(tmp_path) == {k: v for k, v in uninterrupted.items() if k != "ledger"}
+    assert not list((tmp_path / "checkpoints" / "grpo").glob("*.tmp-*"))
 
 
 def test_nothing_survives_a_killed_driver(base: Prepared, tmp_path: Path):

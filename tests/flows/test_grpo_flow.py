@@ -197,6 +197,15 @@ def test_a_run_killed_in_train_resumes_from_its_checkpoint(tmp_path: Path):
     assert killed.returncode == 0, "the third attempt has only two steps to go"
 
 
+@pytest.mark.slow
+def test_a_sigterm_in_train_is_a_retry_that_goes_on_where_it_was(tmp_path: Path):
+    # Every attempt of the step gets a SIGTERM in its third training step; the third has none left to do.
+    done = flow(tmp_path, *overrides(), "run", POSTTRAIN_FAULT="term:controller.before_train@3")
+    assert "PreemptedError: stopped by SIGTERM after step 3, which is saved" in done.stdout.replace("\n", " ")
+    assert "continuing after step 3 of 6" in done.stdout and "continuing after step 6 of 6" in done.stdout
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [

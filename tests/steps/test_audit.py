@@ -19,6 +19,7 @@ from posttrain.errors import CheckpointError, RowError
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import LedgerFile, read_ledger
 from runs import prepared, result_of, run_step, small_config
+from saves import save_state
 from steps.audit import audit, replay_stream
 
 STEPS, PACKS, PACK_TOKENS = 9, 55, 64
@@ -62,7 +63,7 @@ def train(root, source, *, over_long="drop", seed=0, stop_at=STEPS):
     file, ledger = LedgerFile(f"{root}/ledger/warmup.jsonl"), Ledger()
     checkpoints = Checkpoints(f"{root}/checkpoints/warmup", identity={}, keep=2)
     file.restore(0)
-    with loading(stream_of(source, seed=seed)) as loader:
+    with loading(stream_of(source, seed=seed)) as loader, checkpoints.writing():
         for step in range(stop_at):
             packs = loader.take(PACKS)
             draws = [n for pack in packs for n in pack.draws]
@@ -70,7 +71,7 @@ def train(root, source, *, over_long="drop", seed=0, stop_at=STEPS):
             file.append({"step": step, **ledger.commit(packs, draws=draws)})
             if step % 3 == 2:
                 file.flush()
-                checkpoints.save(step + 1, {"w": torch.zeros(1)}, {"ledger": ledger.state()})
+                save_state(checkpoints, step + 1, {"w": torch.zeros(1)}, {"ledger": ledger.state()})
     file.flush()
     return str(root)
 

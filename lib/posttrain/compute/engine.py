@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from posttrain import faults
 from posttrain.compute.collective import Ranks
 from posttrain.compute.master import Masters
 from posttrain.compute.step_timer import StepTimer
@@ -101,6 +102,7 @@ class Engine:
         if not math.isfinite(norm) or not all(map(math.isfinite, means.values())):
             self.optimizer.zero_grad(set_to_none=True)
             raise ComputeError(f"step {step}: gradient norm {norm}, metrics {means}; the weights were not changed")
+        faults.point("engine.before_update", self.ranks.rank)
         for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * self._lr_scale(step)
         self.optimizer.step()
@@ -130,26 +132,35 @@ class Engine:
         """Current weights under Hugging Face names, one at a time."""
         yield from self._functions.named_weights(self.model)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """The part of state() that is the model, named as there."""
+        return {f"model.{name}": parameter.detach() for name, parameter in self._held()}
+
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run must hold, as flat named tensors: parameters and optimizer moments."""
-        tensors: dict[str, Tensor] = {}
+        tensors = self.parameters()
         for name, parameter in self._held():
-            tensors[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore state(); names and shapes must be those of this engine."""
-        for name, parameter in self._held():
-            parameter.copy_(tensors[f"model.{name}"])
-            prefix = f"optimizer.{name}."
-            self.optimizer.state[parameter] = {
-                key.removeprefix(prefix): value.to(parameter.device)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
+    def state_to_fill(self) -> dict[str, Tensor]:
+        """state(), with the optimizer's moments even before the first step: the tensors to read a checkpoint into.
+
+        A new optimizer makes its moments in a step without gradient and without learning rate.
+        """
+        if not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0  # train_step() sets it
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return self.state()
+
+    def filled(self) -> None:
+        """To be called once the tensors of state_to_fill() hold a checkpoint's values."""
         if self._masters is not None:
             self._masters.publish()
 

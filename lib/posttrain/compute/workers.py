@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from posttrain.compute.pool import Places, Pool, environment
+from posttrain.compute.stacks import print_stacks, watched
 from posttrain.compute.verl_workers import VerlWorkers
 from posttrain.compute.whereabouts import Whereabouts, last_words, whereabouts
-from posttrain.deadline import within
+from posttrain.deadline import DeadlineError, within
 from posttrain.errors import ComputeError, PosttrainError, WorkerDiedError
 
 GRACE_S = 3.0
@@ -40,6 +41,8 @@ class ActorGroup:
         self.actors = self.members.actors
         # Asked for now, because a dead or hung actor no longer answers.
         self._told = [each.__ray_call__.remote(whereabouts) for each in self.actors]
+        self._stacks: asyncio.Task[str] | None = None
+        self._watched = [each.__ray_call__.remote(watched) for each in self.actors]
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -111,8 +114,11 @@ class ActorGroup:
         with self._named(rank, method):
             try:
                 return await within(timeout_s, "", answer)
-            except ComputeError:  # the deadline: what the method raises arrives as a RayTaskError
-                raise self._failed(rank, f": {method}() did not finish within {timeout_s:g} s") from None
+            except DeadlineError:
+                if self._stacks is None or self._stacks.done():  # ranks that wait for each other are late together
+                    self._stacks = asyncio.create_task(asyncio.to_thread(print_stacks, self.name, self._watched))
+                late, stacks = f": {method}() did not finish within {timeout_s:g} s", await self._stacks
+                raise self._failed(rank, late, stacks.strip()) from None
 
     @contextmanager
     def _named(self, rank: int, method: str) -> Iterator[None]:

@@ -40,23 +40,21 @@ class StochasticAdamW(Optimizer):
 
     def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float = 1e-8):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._steps: int | None = None
-        """Taken so far; None until the state, which may be a checkpoint's, is read for it."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update; a parameter without gradient stays as it is."""
         assert closure is None, "the engine has the gradients already"
-        if self._steps is None:
-            self._steps = max((int(state["step"]) for state in self.state.values()), default=0)
-        self._steps += 1
+        taken = max(
+            (int(state["step"]) for state in list(self.state.values())[:1]), default=0
+        )  # the device is idle here
         generators: dict[torch.device, torch.Generator] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     device = parameter.device
                     if device not in generators:
-                        generators[device] = torch.Generator(device).manual_seed(self._steps)
+                        generators[device] = torch.Generator(device).manual_seed(taken + 1)
                     self._update(parameter, group, generators[device])
 
     def _update(self, parameter: nn.Parameter, group: dict, generator: torch.Generator) -> None:

@@ -7,22 +7,23 @@ step before produced, takes one optimizer step on them, and sends the new weight
 import asyncio
 from dataclasses import dataclass
 from statistics import fmean, pstdev
+from typing import Any
 
 from posttrain import faults
-from posttrain.compute.checkpoint import Checkpoints
 from posttrain.data.advantage import Advantages
 from posttrain.data.pack import fill, pack
 from posttrain.data.rollout import group_units
 from posttrain.data.types import Unit
 from posttrain.errors import SyncError
 from posttrain.model.losses import Loss
-from posttrain.workflow.clock import Clock, SaveClock
+from posttrain.workflow.clock import Clock
 from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import Metrics, Observers
 from posttrain.workflow.policy import Policy
 from posttrain.workflow.rollouts import Group, Prompts, RolloutMaker
+from posttrain.workflow.saving import Saver, restore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +37,6 @@ class Plan:
     weigh_by_sequence: bool
     pack_tokens: int
     eval_every: int
-    checkpoint_every: int | None
-    checkpoint_seconds: float
 
 
 class Controller:
@@ -51,17 +50,14 @@ class Controller:
         maker: RolloutMaker,
         evaluator: Evaluator,
         loss: Loss,
-        checkpoints: Checkpoints,
+        saver: Saver,
         ledger_file: LedgerFile,
         observers: Observers,
     ):
         self.plan, self.policy, self.maker = plan, policy, maker
-        self.evaluator, self.loss, self.checkpoints, self.observers = evaluator, loss, checkpoints, observers
+        self.evaluator, self.loss, self.saver, self.observers = evaluator, loss, saver, observers
         self.ledger, self.ledger_file = Ledger(), ledger_file
         self.version = 0
-        self.saving = SaveClock(
-            num_steps=plan.num_steps, every_steps=plan.checkpoint_every, every_seconds=plan.checkpoint_seconds
-        )
 
     async def run(self, prompts: Prompts) -> None:
         """Restore the last checkpoint if there is one, sync, and train to the end.
@@ -73,6 +69,7 @@ class Controller:
             ComputeError: a worker died, hung, or produced NaN.
             RewardError: the reward's failure budget is spent.
             SyncError: the generators do not hold the policy's weights.
+            PreemptedError, StorageError, CheckpointError: see Saver.after_step().
         """
         first = await self._restore()
         await self._sync()
@@ -92,13 +89,13 @@ class Controller:
             if step + 1 == self.plan.num_steps:
                 with clock.phase("eval"):
                     measured["eval/reward"] = await self.evaluator.quick()
-            metrics |= measured | clock.metrics(metrics)
+            metrics |= measured | clock.metrics(metrics) | self.saver.metrics()
             self.observers.step({"step": step, **metrics})
             self.observers.note(self.policy.notes)
             self.observers.rollouts(step, groups)
             clock = Clock()  # a commit counts to the step that has to wait for it
             with clock.phase("checkpoint"):
-                await self._save_if_due(step + 1)
+                await self.saver.after_step(step + 1, self._kept)
         self.ledger_file.close()
 
     async def _train(self, step: int, groups: list[Group]) -> Metrics:
@@ -135,22 +132,20 @@ class Controller:
                 )
 
     async def _restore(self) -> int:
-        found = self.checkpoints.latest()
+        found = await restore(self.policy, self.saver.checkpoints)
         self.ledger_file.restore(found.step if found else 0)
         if found is None:
             self.observers.restore([])
             return 0
-        await self.policy.restore(found.uri)
         self.ledger = Ledger(found.state["ledger"])
         self.version = found.state["version"]
         self.observers.restore(found.state["history"])
         return found.step
 
-    async def _save_if_due(self, done: int) -> None:
-        if self.saving.due(done):
-            self.ledger_file.flush()
-            state = {"ledger": self.ledger.state(), "version": self.version, "history": self.observers.history}
-            await self.policy.save(self.checkpoints, done, state)
+    def _kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the tensors; the ledger's lines of its steps are durable."""
+        self.ledger_file.flush()
+        return {"ledger": self.ledger.state(), "version": self.version, "history": self.observers.history}
 
 
 def _rollout_metrics(groups: list[Group]) -> Metrics:

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain import faults
-from posttrain.compute.checkpoint import Checkpoints
 from posttrain.data.loader import Loader
 from posttrain.data.pack import fill
 from posttrain.model.losses import Loss
-from posttrain.workflow.clock import Clock, SaveClock
+from posttrain.workflow.clock import Clock
 from posttrain.workflow.held_out import HeldOut
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import Observers
 from posttrain.workflow.policy import Policy
+from posttrain.workflow.saving import Saver, restore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +25,6 @@ class LoopPlan:
     num_steps: int
     packs_per_step: int
     pack_tokens: int
-    checkpoint_every: int | None
-    checkpoint_seconds: float
 
 
 async def train(
@@ -35,7 +33,7 @@ async def train(
     policy: Policy,
     load: Callable[[dict[str, Any] | None], AbstractContextManager[Loader]],
     loss: Loss,
-    checkpoints: Checkpoints,
+    saver: Saver,
     ledger_file: LedgerFile,
     observers: Observers,
     held_out: HeldOut | None = None,
@@ -52,17 +50,19 @@ async def train(
     Raises:
         DataError: the data end, are damaged, or hold too many bad rows.
         ComputeError: a worker died, hung, or produced NaN.
+        PreemptedError, StorageError, CheckpointError: see Saver.after_step().
     """
     ledger, first, state = Ledger(), 0, None
-    found = checkpoints.latest()
+    found = await restore(policy, saver.checkpoints)
     if found is not None:
-        await policy.restore(found.uri)
         ledger, first, state = Ledger(found.state["ledger"]), found.step, found.state["loader"]
     observers.restore(found.state["history"] if found else [])
     ledger_file.restore(first)
-    saving = SaveClock(
-        num_steps=plan.num_steps, every_steps=plan.checkpoint_every, every_seconds=plan.checkpoint_seconds
-    )
+
+    def kept() -> dict[str, Any]:
+        ledger_file.flush()
+        return {"ledger": ledger.state(), "loader": loader.state(), "history": observers.history}
+
     with load(state) as loader:
         clock = Clock()
         for step in range(first, plan.num_steps):
@@ -76,17 +76,14 @@ async def train(
             if held_out is not None:
                 with clock.phase("eval"):
                     metrics |= await held_out.measure(step, policy, loss, observers.history)
-            metrics |= clock.metrics(metrics)
+            metrics |= clock.metrics(metrics) | saver.metrics()
             observers.step({"step": step, **metrics, **_pack_metrics(packs, plan.pack_tokens, metrics)})
             observers.note(policy.notes)
             clock = Clock()  # a commit counts to the step that has to wait for it
-            if saving.due(step + 1):
-                with clock.phase("checkpoint"):
-                    ledger_file.flush()
-                    kept = {"ledger": ledger.state(), "loader": loader.state(), "history": observers.history}
-                    await policy.save(checkpoints, step + 1, kept)
-                    if held_out is not None:
-                        held_out.prune(observers.history)
+            with clock.phase("checkpoint"):
+                await saver.after_step(step + 1, kept)
+                if held_out is not None:
+                    held_out.prune(observers.history)
     ledger_file.close()
     return ledger
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain import storage
-from posttrain.compute.checkpoint import Checkpoints, read_tensors
+from posttrain import faults, storage
 from posttrain.compute.collective import MeetingPoint, Ranks
+from posttrain.compute.committed import open_checkpoint
 from posttrain.compute.device import set_up_device
 from posttrain.compute.engine import Engine, ModelFunctions
 from posttrain.compute.master import Masters
 from posttrain.compute.pool import Pool
+from posttrain.compute.shard_file import read_parts
+from posttrain.compute.snapshot import Snapshot
 from posttrain.compute.step_timer import StepTimer
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import ActorGroup, node_address
@@ -103,7 +105,7 @@ class PolicyRank:
             rank=self.rank,
             world_size=self.world_size,
             meeting=self.meeting if self.rank == 0 else address,
-            timeout_s=timeout_s,
+            timeout_s=2 * timeout_s,  # the driver's deadline comes first, and knows who did not answer
             device=self.device,
         )
         self.folder = storage.fetch(self.model_uri)
@@ -124,6 +126,7 @@ class PolicyRank:
             warmup_steps=training.warmup_steps,
             num_steps=training.num_steps,
         )
+        self.snapshot = Snapshot(rank=self.rank, world_size=self.world_size)
         self.engine = Engine(
             model,
             optimizer,
@@ -165,6 +168,7 @@ class PolicyRank:
     def train_step(self, step: int, packs: Sequence[Pack], loss: Loss, denominator: float) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; global metrics, and how experts were used."""
         timer = StepTimer(self.device)
+        faults.point("policy.train_step", self.rank)
         batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
         if self.has_reference:
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
@@ -191,13 +195,32 @@ class PolicyRank:
         """digest() of weights(dtype), taken from what this rank holds."""
         return digest(self.weights(dtype).items())
 
-    def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
-        """Commit a checkpoint (rank 0 only: data-parallel replicas are equal)."""
-        return checkpoints.save(step, self.engine.state(), state)
+    def state_shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Shape and bytes of every whole tensor of the training state."""
+        state = self.engine.state()
+        return {name: (tuple(each.shape), each.numel() * each.element_size()) for name, each in state.items()}
+
+    def begin_save(self, folder: str) -> None:
+        """Copy this rank's share of the state to host memory and start to write it into `folder`."""
+        self.snapshot.begin(self.engine.state(), folder)
+
+    def save_result(self) -> dict[str, Any] | None:
+        """See Snapshot.result()."""
+        return self.snapshot.result()
 
     def restore(self, uri: str) -> None:
-        """Load a checkpoint; every rank reads and verifies it for itself."""
-        self.engine.load_state(read_tensors(storage.fetch(uri)))
+        """Fill this rank's share of the state from a checkpoint, by whatever ranks it was written.
+
+        Raises:
+            DamagedError: what this rank reads is not what was committed.
+            CheckpointError: it is of another model or optimizer; refused before its moments take memory.
+        """
+        found = open_checkpoint(uri)
+        found.index.only("model.").check_same(self.engine.parameters(), where=uri)
+        state = self.engine.state_to_fill()
+        found.index.check_same(state, where=uri)
+        read_parts(found.folder, found.index.stored(), state)
+        self.engine.filled()
 
     def export(self, uri: str) -> str:
         """Publish the weights as a Hugging Face folder, adapters merged and beside them (rank 0 only)."""
@@ -290,12 +313,6 @@ class Policy:
         calls = [((packs[rank::ranks],), {}) for rank in range(ranks)]
         found = await self.group.call_each("document_logprobs", calls, timeout_s=self.timeout_s)
         return [found[number % ranks][number // ranks] for number in range(len(packs))]
-
-    async def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> str:
-        return await self.group.call_one(0, "save", checkpoints, step, state, timeout_s=self.timeout_s)
-
-    async def restore(self, uri: str) -> None:
-        await self.group.call("restore", uri, timeout_s=self.timeout_s)
 
     async def export(self, uri: str) -> str:
         return await self.group.call_one(0, "export", uri, timeout_s=self.timeout_s)

@@ -1,4 +1,4 @@
-"""A checkpoint is committed whole, verified when read, and never lost to a crash, a flipped bit or another run."""
+"""A checkpoint is committed whole, proved when read, and never lost to a crash, a flipped bit or another run."""
 
 import os
 import signal
@@ -8,39 +8,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from posttrain import storage
-from posttrain.compute.checkpoint import Checkpoints
-from posttrain.errors import CheckpointError
+from posttrain.compute.committed import open_checkpoint, read_state
+from posttrain.compute.shard_file import read_parts
+from posttrain.errors import CheckpointError, DamagedError
+from saves import IDENTITY, assert_is, blank, checkpoints, reports_of, save, save_alone, tensors
 
-IDENTITY = {"config": "c0", "tokenizer": "t0"}
-
-
-def checkpoints(uri, *, identity=IDENTITY, keep=2):
-    return Checkpoints(uri, identity=identity, keep=keep)
-
-
-def tensors(step):
-    return {"weight": torch.full((4, 2), float(step)), "exp_avg": torch.arange(3).to(torch.bfloat16) + step}
+TESTS = Path(__file__).parents[2]
+SHARD = "rank_00000.safetensors"
 
 
-def save(saved, *steps):
-    for step in steps:
-        saved.save(step, tensors(step), {"step": step, "metrics": [{"loss": 0.1 + step}]})
+def flip(uri, name=SHARD, at=-1):
+    """Change one bit of a file of a committed checkpoint."""
+    where = file_of(uri, name)
+    data = bytearray(storage.read_bytes(where))
+    data[at] ^= 1
+    storage.write_bytes(where, bytes(data))
 
 
-def assert_is(found, step):
-    assert (found.step, found.state) == (step, {"step": step, "metrics": [{"loss": 0.1 + step}]})
-    assert found.tensors().keys() == tensors(step).keys()
-    for name, expected in tensors(step).items():
-        assert found.tensors()[name].dtype == expected.dtype
-        assert torch.equal(found.tensors()[name], expected)
-
-
-def flip(uri, name="tensors.safetensors"):
-    """Change the last bit of a file."""
-    data = storage.read_bytes(storage.join(uri, name))
-    storage.write_bytes(storage.join(uri, name), data[:-1] + bytes([data[-1] ^ 1]))
+def file_of(uri, name):
+    if name == "manifest.json":
+        return storage.join(uri, name)
+    return storage.join(open_checkpoint(uri).folder, name)
 
 
 def test_nothing_is_found_before_the_first_save(root_uri):
@@ -48,136 +41,270 @@ def test_nothing_is_found_before_the_first_save(root_uri):
 
 
 def test_the_latest_checkpoint_comes_back_exactly(root_uri):
-    saved = checkpoints(root_uri)
-    save(saved, 1, 2)
-    assert_is(saved.latest(), 2)
+    save_alone(root_uri, 1, 2)
+    assert_is(checkpoints(root_uri).latest(), 2)
+    assert read_state(storage.join(root_uri, "step_000001"))["step"] == 1
+
+
+def test_the_ranks_share_the_work_and_nothing_is_written_twice(root_uri):
+    with checkpoints(root_uri).writing() as saved:
+        save(saved, 1, ranks=3)
+    found = checkpoints(root_uri).latest()
+    assert_is(found, 1)
+    assert len(found.index.files) == 3
+    assert {part.file for entry in found.index.tensors.values() for part in entry.parts} == set(found.index.files)
+
+
+def test_other_tools_open_a_shard(tmp_path):
+    save_alone(str(tmp_path), 1)
+    held = load_file(tmp_path / "step_000001" / SHARD)
+    assert held.keys() == tensors(1).keys()
+    assert all(torch.equal(held[name], expected) for name, expected in tensors(1).items())
+
+
+def test_a_tensor_of_many_pieces_and_one_that_is_not_contiguous(root_uri, monkeypatch):
+    monkeypatch.setattr("posttrain.compute.shard_file.PIECE_BYTES", 64)
+    monkeypatch.setattr("posttrain.compute.sinks.PART_BYTES", 5 * 1024 * 1024)
+    held = {"large": torch.randn(700_001, 3), "turned": torch.arange(60.0).reshape(20, 3).T.requires_grad_()}
+    monkeypatch.setattr("posttrain.compute.shard_file.PIECE_BYTES", 100_000)
+    with checkpoints(root_uri).writing() as saved:
+        attempt = saved.begin(1, 1)
+        shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        saved.commit(attempt, shapes=shapes, reports=reports_of(held, attempt.folder), state={})
+    found = checkpoints(root_uri).latest()
+    read = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    read_parts(found.folder, found.index.stored(), read)
+    assert all(torch.equal(read[name], held[name].detach()) for name in held)
+    assert len(found.index.tensors["large"].parts[0].sha256) == 85
 
 
 def test_steps_are_ordered_as_numbers_not_as_names(root_uri):
-    saved = checkpoints(root_uri)
-    save(saved, 999_999, 1_000_000)
-    assert_is(saved.latest(), 1_000_000)
+    save_alone(root_uri, 999_999, 1_000_000)
+    assert_is(checkpoints(root_uri).latest(), 1_000_000)
 
 
-def test_a_tensor_that_is_not_contiguous_comes_back_as_it_was(tmp_path):
-    saved, value = checkpoints(str(tmp_path)), torch.arange(6.0).reshape(2, 3).T.requires_grad_()
-    saved.save(1, {"weight": value}, {})
-    assert torch.equal(saved.latest().tensors()["weight"], value)
-
-
-def test_a_committed_step_is_left_as_it_is(root_uri):
-    saved = checkpoints(root_uri)
-    save(saved, 1)
-    saved.save(1, tensors(5), {"other": True})
-    assert_is(saved.latest(), 1)
+def test_a_committed_step_is_never_overwritten(root_uri):
+    with checkpoints(root_uri).writing() as saved:
+        save(saved, 1)
+        attempt = saved.begin(1, 1)
+        reports = reports_of(tensors(5), attempt.folder)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors(5).items()}
+        with pytest.raises(CheckpointError, match=r"overwritten|another writer"):
+            saved.commit(attempt, shapes=shapes, reports=reports, state={})
+    assert_is(checkpoints(root_uri).latest(), 1)
 
 
 def test_only_the_newest_are_kept(root_uri):
-    saved = checkpoints(root_uri, keep=2)
-    save(saved, 1, 2, 3, 4)
+    save_alone(root_uri, 1, 2, 3, 4)
     assert storage.list_folders(root_uri) == ["step_000003", "step_000004"]
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["index.json", "state.json", "manifest.json"])
 def test_a_damaged_newest_is_named_set_aside_and_the_one_before_is_used(root_uri, name, capsys):
-    saved = checkpoints(root_uri)
-    save(saved, 1, 2)
+    save_alone(root_uri, 1, 2)
     newest = storage.join(root_uri, "step_000002")
-    flip(newest, name)
-    assert_is(saved.latest(), 1)
-    assert f"{newest}/{name}" in capsys.readouterr().out
+    where = file_of(newest, name)
+    flip(newest, name, at=20)
+    assert_is(checkpoints(root_uri).latest(), 1)
+    assert where in capsys.readouterr().out
     assert not storage.exists(storage.join(newest, "manifest.json"))
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
+def test_a_shard_that_is_not_there_in_full_is_found_without_reading_it(root_uri, damage, capsys):
+    save_alone(root_uri, 1, 2)
+    where = file_of(storage.join(root_uri, "step_000002"), SHARD)
+    if damage == "missing":
+        storage.remove_file(where)
+    else:
+        storage.write_bytes(where, b"" if damage == "empty" else storage.read_bytes(where)[:-1])
+    assert_is(checkpoints(root_uri).latest(), 1)
+    assert where in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [-1, -9, -21])
+def test_a_flipped_bit_of_any_tensor_is_named_when_it_is_read(root_uri, at):
+    save_alone(root_uri, 1)
+    flip(storage.join(root_uri, "step_000001"), at=at)
+    found = checkpoints(root_uri).latest()
+    with pytest.raises(DamagedError, match=rf"{SHARD}: (model|optimizer)\.weight\S* differs from its hash"):
+        read_parts(found.folder, found.index.stored(), blank())
+
+
 def test_a_step_that_was_damaged_is_written_again(root_uri):
-    saved = checkpoints(root_uri)
-    save(saved, 1, 2)
+    save_alone(root_uri, 1, 2)
     for _ in range(2):
-        flip(storage.join(root_uri, "step_000002"))
-        assert_is(saved.latest(), 1)
-        save(saved, 2)
-        assert_is(saved.latest(), 2)
+        flip(storage.join(root_uri, "step_000002"), "state.json")
+        assert_is(checkpoints(root_uri).latest(), 1)
+        save_alone(root_uri, 2)
+        assert_is(checkpoints(root_uri).latest(), 2)
 
 
 def test_all_damaged_is_a_start_from_the_beginning(root_uri):
-    saved = checkpoints(root_uri)
-    save(saved, 1)
-    flip(storage.join(root_uri, "step_000001"))
-    assert saved.latest() is None
+    save_alone(root_uri, 1)
+    flip(storage.join(root_uri, "step_000001"), "index.json")
+    assert checkpoints(root_uri).latest() is None
 
 
-def test_what_was_never_committed_is_not_found(root_uri):
-    saved = checkpoints(root_uri)
-    save(saved, 1)
-    storage.write_bytes(storage.join(root_uri, "step_000002", "tensors.safetensors"), b"half")
-    storage.write_bytes(storage.join(root_uri, "step_000003.tmp-abc", "manifest.json"), b"{}")
-    assert_is(saved.latest(), 1)
+def test_what_was_never_committed_is_not_found_and_is_removed_by_the_next_writer(root_uri):
+    save_alone(root_uri, 1)
+    left = "step_000003.tmp-abc" if not storage.is_s3(root_uri) else "step_000003"
+    storage.write_bytes(storage.join(root_uri, left, "x", SHARD), b"half")
+    assert_is(checkpoints(root_uri).latest(), 1)
+    with checkpoints(root_uri).writing():
+        assert storage.list_folders(root_uri) == ["step_000001"]
 
 
-def test_what_was_never_committed_does_not_push_out_a_good_checkpoint(root_uri):
-    saved = checkpoints(root_uri, keep=1)
-    save(saved, 3)
-    storage.write_bytes(storage.join(root_uri, "step_000005", "tensors.safetensors"), b"half")
-    save(saved, 4)
-    assert_is(saved.latest(), 4)
+def test_the_next_writer_keeps_what_was_set_aside(root_uri):
+    save_alone(root_uri, 1, 2)
+    flip(storage.join(root_uri, "step_000002"), "index.json")
+    checkpoints(root_uri).latest()
+    before = storage.list_folders(root_uri)
+    with checkpoints(root_uri).writing():
+        assert storage.list_folders(root_uri) == before and len(before) == 2
 
 
-def test_a_damaged_checkpoint_does_not_push_out_a_good_one(root_uri):
-    saved = checkpoints(root_uri, keep=2)
-    save(saved, 3, 5)
-    flip(storage.join(root_uri, "step_000005"))
-    assert_is(saved.latest(), 3)
-    saved = checkpoints(root_uri, keep=1)
-    save(saved, 4)
-    assert_is(saved.latest(), 4)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    keep=st.integers(1, 3),
+    events=st.lists(st.sampled_from(["save", "damage", "crash", "restart"]), min_size=1, max_size=12),
+)
+def test_as_long_as_one_save_is_sound_there_is_one_to_resume_from(tmp_path_factory, keep, events):
+    root = str(tmp_path_factory.mktemp("root"))
+    step, sound = 0, set()
+    for event in events:
+        if event == "save":
+            step += 1
+            save_alone(root, step, keep=keep)
+            sound.add(step)
+            kept = {int(name[5:]) for name in storage.list_folders(root) if "." not in name}
+            assert step in kept and len(kept) <= keep
+            sound &= kept
+        elif event == "damage" and step in sound:
+            flip(storage.join(root, f"step_{step:06d}"), "state.json")
+            sound.discard(step)
+        elif event == "crash":
+            storage.write_bytes(storage.join(root, f"step_{step + 1:06d}.tmp-1-a", SHARD), b"half")
+        found = checkpoints(root, keep=keep).latest()
+        if sound:
+            assert_is(found, max(sound))
+        else:
+            assert found is None
+        step = max(sound, default=0)
 
 
 @pytest.mark.parametrize(
     ("identity", "difference"),
     [
-        ({"config": "c1", "tokenizer": "t0"}, "config c0 -> c1;"),
-        ({"config": "c0"}, "tokenizer t0 -> None;"),
+        ({"config.lr": 0.2, "tokenizer": "t0"}, "config.lr 0.1 -> 0.2;"),
+        ({"config.lr": 0.1}, "tokenizer t0 -> None;"),
         ({**IDENTITY, "data": "d0"}, "data None -> d0;"),
-        ({"config": "c1", "tokenizer": "t1"}, "config c0 -> c1, tokenizer t0 -> t1;"),
+        ({"config.lr": 0.2, "tokenizer": "t1"}, "config.lr 0.1 -> 0.2, tokenizer t0 -> t1;"),
+        ({**IDENTITY, **{f"n{i}": i for i in range(12)}}, "and 2 more;"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(root_uri, identity, difference):
-    save(checkpoints(root_uri), 1)
+    save_alone(root_uri, 1)
     with pytest.raises(CheckpointError) as error:
         checkpoints(root_uri, identity=identity).latest()
     assert difference in str(error.value)
     assert_is(checkpoints(root_uri).latest(), 1)
 
 
-def run_until_killed(uri, fault):
-    """Save steps 1 and 2 in a process of its own that SIGKILL ends at `fault` of step 2."""
-    here = Path(__file__)
-    program = f"import sys; from {here.stem} import checkpoints, save; save(checkpoints(sys.argv[1]), 1, 2)"
-    environment = {**os.environ, "POSTTRAIN_FAULT": f"{fault}@2", "PYTHONPATH": str(here.parent)}
-    done = subprocess.run([sys.executable, "-c", program, uri], env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_another_architecture_is_refused_with_names_shapes_and_dtypes(tmp_path):
+    save_alone(str(tmp_path), 1)
+    index = checkpoints(tmp_path).latest().index
+    other = blank() | {"model.weight": torch.zeros(4, 3), "model.bias": torch.zeros(1)}
+    other["optimizer.weight.exp_avg"] = torch.zeros(3)
+    with pytest.raises(CheckpointError) as error:
+        index.check_same(other, where="here")
+    for text in (
+        "3 differences",
+        "model.bias is missing",
+        "model.weight F32 [4, 2] -> F32 [4, 3]",
+        "BF16 [3] -> F32 [3]",
+    ):
+        assert text in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("fault", "step"),
-    [
-        ("checkpoint.after_tensors", 1),
-        ("publish.before_manifest", 1),
-        ("publish.before_commit", 1),
-        ("publish.after_commit", 2),
-    ],
-)
-def test_kill_minus_nine_leaves_a_whole_checkpoint(tmp_path, fault, step):
-    uri = str(tmp_path / "checkpoints")
-    run_until_killed(uri, fault)
-    saved = checkpoints(uri)
-    assert_is(saved.latest(), step)
-    save(saved, 2, 3)
-    assert_is(saved.latest(), 3)
+def test_missing_optimizer_state_is_refused_by_name(tmp_path):
+    with checkpoints(tmp_path).writing() as saved:
+        held = {"model.weight": tensors(1)["model.weight"]}
+        attempt = saved.begin(1, 1)
+        saved.commit(attempt, shapes={"model.weight": (4, 2)}, reports=reports_of(held, attempt.folder), state={})
+    with pytest.raises(CheckpointError, match=r"no optimizer state of 2 tensors: optimizer\.weight\.exp_avg, "):
+        checkpoints(tmp_path).latest().index.check_same(blank(), where="here")
+
+
+def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("posttrain.compute.checkpoint.FORMAT", 2)
+    with pytest.raises(CheckpointError, match="format 2, and this version of posttrain reads 1"):
+        save_alone(str(tmp_path), 1)
+        checkpoints(tmp_path).latest()
+
+
+GOLDEN = TESTS / "golden" / "checkpoint_format_1"
+
+
+def test_the_checkpoint_that_format_1_was_defined_by_loads_for_ever():
+    assert_is(checkpoints(GOLDEN).latest(), 7)
+    assert open_checkpoint(str(GOLDEN / "step_000007")).manifest["made_from"] == {"model_uri": "/m", "backend": "b"}
+
+
+PHASES = {
+    "checkpoint.after_snapshot@2": 1,
+    "checkpoint.mid_shard@5": 1,
+    "checkpoint.after_tensors@2": 1,
+    "checkpoint.before_manifest@2": 1,
+    "checkpoint.before_commit@2": 1,
+    "checkpoint.after_commit@2": 2,
+    "checkpoint.before_prune@1": 3,
+    "checkpoint.mid_prune@1": 3,
+}
+"""A place of the second save, or of the third where it prunes, and the step that is then the newest."""
+
+KILLED = """
+import os, sys
+from saves import save_alone
+for fault in sys.argv[2:]:
+    if (child := os.fork()) == 0:
+        os.environ["POSTTRAIN_FAULT"] = fault
+        save_alone(f"{sys.argv[1]}/{fault}", 1, 2, 3)
+        os._exit(0)
+    print(fault, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def run_until_killed(root, faults):
+    """Save steps 1 to 3, two kept, once for each fault, in processes that SIGKILL ends there; forked, as importing
+    torch takes seconds."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", KILLED, root, *faults]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{fault} {-signal.SIGKILL}" for fault in faults], done.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("killed")
+    run_until_killed(str(root), PHASES)
+    return root
+
+
+@pytest.mark.parametrize(("fault", "step"), PHASES.items())
+def test_kill_minus_nine_in_any_phase_leaves_a_whole_checkpoint(killed, fault, step):
+    uri = str(killed / fault)
+    assert_is(checkpoints(uri).latest(), step)
+    save_alone(uri, 4, 5)  # at once: a dead process of this machine holds nobody up
+    assert_is(checkpoints(uri).latest(), 5)
+    assert storage.list_folders(uri) == ["step_000004", "step_000005"], "what was left half done is gone"
 
 
 def test_kill_minus_nine_leaves_a_whole_checkpoint_on_s3(s3_bucket):
-    for fault, step in (("publish.before_commit", 1), ("publish.after_commit", 2)):
-        uri = f"{s3_bucket}/{fault}"
-        run_until_killed(uri, fault)
+    phases = {"checkpoint.before_commit@2": 1, "checkpoint.after_commit@2": 2}
+    run_until_killed(f"{s3_bucket}/c", phases)
+    for fault, step in phases.items():
+        uri = f"{s3_bucket}/c/{fault}"
         assert_is(checkpoints(uri).latest(), step)
+        save_alone(uri, 4, 5)
+        assert storage.list_folders(uri) == ["step_000004", "step_000005"]
