@@ -11,6 +11,22 @@ def demonstrations(seed: int) -> list[Row]:
     return sort_digits.demonstrations(seed, count=200)
 
 
+def exact(seed: int) -> list[Row]:
+    return sort_digits.exact_demonstrations(seed, count=200)
+
+
+def held_out_exact(seed: int) -> list[Row]:
+    return sort_digits.held_out_demonstrations(seed, count=8)
+
+
+def pairs(seed: int) -> list[Row]:
+    return sort_digits.pairs(seed, count=200)
+
+
+def held_out_pairs(seed: int) -> list[Row]:
+    return sort_digits.held_out_pairs(seed, count=8)
+
+
 def prompts(seed: int) -> list[Row]:
     return sort_digits.prompts(seed, count=40)
 
