@@ -49,9 +49,10 @@ def evaluate(
 
 async def _evaluate(config, tokens_uri, models, measured_with, resources) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {name: {} for name in models}
+    rows_uri, teacher_uri = measured_with
     if config.method.name != "grpo":
         for name, uri in models.items():
-            results[name] |= await _measure(config, uri, *measured_with, resources)
+            results[name] |= await _measure(config, uri, rows_uri, teacher_uri, resources)
             shown = ", ".join(f"{key} {value:.4f}" for key, value in results[name].items() if key != "rows")
             print(f"{name}: {shown}", flush=True)
     if not config.samples_completions:
