@@ -27,6 +27,23 @@ def held_out_pairs(seed: int) -> list[Row]:
     return sort_digits.held_out_pairs(seed, count=8)
 
 
+def labelled(seed: int) -> list[Row]:
+    """Right answers labelled true, wrong ones false."""
+    return [
+        {"messages": [*row["prompt"], *row[side]], "label": side == "chosen"}
+        for row in sort_digits.pairs(seed, count=100)
+        for side in ("chosen", "rejected")
+    ]
+
+
+def held_out_labelled(seed: int) -> list[Row]:
+    return [
+        {"messages": [*row["prompt"], *row[side]], "label": side == "chosen"}
+        for row in held_out_pairs(seed)
+        for side in ("chosen", "rejected")
+    ]
+
+
 def prompts(seed: int) -> list[Row]:
     return sort_digits.prompts(seed, count=40)
 

@@ -223,6 +223,8 @@ class RunConfig(Section):
             problems.append("eval.prompts: RL is evaluated on data.held_out; remove eval.prompts")
         if self.method.name == "reward" and self.eval.prompts is not None:
             problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
+        if isinstance(self.method, RewardModel) and self.method.kind == "labels" and self.warmup:
+            problems.append("warmup: answers with labels are no demonstrations, some are bad; set warmup: null")
         if self.method.name in ("reward", "distill") and self.model.backend != "posttrain":
             problems.append(f"model.backend = transformers: method {self.method.name} needs posttrain's own decoder")
         if self.method.name in ("dpo", "reward") and self.data.over_long == "split":

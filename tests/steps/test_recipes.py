@@ -9,11 +9,15 @@ from posttrain import storage
 from posttrain.data.token_files import read_units
 from posttrain.errors import DataError
 from posttrain.model.load import load_decoder, read_config
+from posttrain.model.losses import count
 from posttrain.workflow.ledger_file import read_ledger
+from posttrain.workflow.policy import PolicyRank
 from runs import Prepared, metrics, prepared, recipe_config, result_of, run_step
 from steps.audit import audit
 from steps.prepare import check_same_tokens, prepare
+from steps.recipes import build_of, loss_of, training_of
 from steps.streams import HELD_OUT_UNITS
+from steps.train import held_out_packs
 from tiny import tiny_model
 
 
@@ -97,6 +101,21 @@ def test_a_killed_recipe_resumes_to_the_same_bytes(tmp_path: Path, name: str):
     assert rows[0] == rows[1] and len(rows[0]) == 6
     weights = [Path(each["model_uri"], "model.safetensors").read_bytes() for each in (whole, again)]
     assert weights[0] == weights[1]
+
+
+def test_labels_of_single_answers_train_a_reward_model_too(tmp_path: Path):
+    rows = {"data.sources": "small_task:labelled", "data.held_out": "small_task:held_out_labelled"}
+    config = recipe_config("reward", **rows, **{"method.kind": "labels", "optim.lr": 3e-3})
+    base = prepared(tmp_path, config)
+    facts = {"backend": "posttrain", "training": training_of(config, "reward"), "build": build_of(config, None)}
+    rank = PolicyRank(rank=0, world_size=1, model_uri=base.model_uri, reference=False, **facts)
+    rank.address()
+    rank.join("", 60.0)
+    packs, loss = held_out_packs(config, base.tokens_uri), loss_of(config, "reward")
+    assert count(loss, packs) == 16, "an answer is a unit"
+    found = [rank.train_step(step, packs, loss, count(loss, packs)) for step in range(6)]
+    assert found[0]["label"] == 0.5 and found[0]["loss"] == pytest.approx(0.69, abs=0.1)
+    assert found[-1]["loss"] < found[0]["loss"]
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path):

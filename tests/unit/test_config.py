@@ -170,6 +170,7 @@ def test_an_offline_recipe_needs_neither_prompts_nor_rollouts_nor_a_reward(name)
         ({"name": "dpo"}, {"data.over_long": "split"}, "data.over_long = split: pairs cannot be split"),
         ({"name": "sft"}, {"data.sources": None}, "data.sources: required, and not set; method sft trains on"),
         ({"name": "sft"}, {"eval.prompts": "m:f"}, "reward: required, and not set; eval.prompts has completions"),
+        ({"name": "reward", "kind": "labels"}, {"warmup": {}}, "warmup: answers with labels are no demonstrations"),
         ({"name": "distill"}, {}, "method.teacher: required, and not set"),
         ({"name": "distill", "teacher": {}}, {}, "method.teacher: set exactly one of path and fresh"),
         ({"name": "distill", "teacher": {"fresh": {"layers": 1}}}, {"warmup": {}}, "method.teacher.fresh.layers: unkn"),
