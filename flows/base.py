@@ -203,6 +203,7 @@ class PostTrainFlow(FlowSpec):
             provenance=self.provenance,
             evaluation=self.evaluation,
             tokenizer_sha256=self.tokens["tokenizer_sha256"],
+            trained=self.trained,
         )
         self.next(self.end)
 

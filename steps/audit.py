@@ -22,9 +22,6 @@ from posttrain.manifest import MANIFEST
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import read_ledger
 
-STREAM = "warmup"
-"""The stage whose batches are a function of data and seed alone; those of the others are sampled."""
-
 Rows = Sequence[dict[str, Any]]
 
 
@@ -100,12 +97,12 @@ def _check(root: str, ledgers: dict[str, Rows], *, replay: bool) -> dict[str, di
     stages = {}
     for stage, rows in ledgers.items():
         uri = storage.join(root, "ledger", f"{stage}.jsonl")
-        streamed = stage == STREAM
+        streamed = stage != "grpo"  # whose batches are sampled; all others are a function of data and seed alone
         split = streamed and config.data.over_long == "split"
         draws = _check_draws(uri, rows, window=WINDOW if streamed else 1, split=split)
         newest = _check_checkpoints(uri, rows, storage.join(root, "checkpoints", stage))
         if replay and streamed:
-            _replay(root, config, uri, rows)
+            _replay(root, config, uri, rows, stage)
         stages[stage] = {
             "steps": len(rows),
             "draws": draws,
@@ -123,16 +120,20 @@ def _config(root: str) -> RunConfig:
     return load_config(storage.read_bytes(uri).decode())
 
 
-def _replay(root: str, config: RunConfig, uri: str, rows: Rows) -> None:
+def _replay(root: str, config: RunConfig, uri: str, rows: Rows, stage: str) -> None:
+    from steps.annotate import FOLDER
+    from steps.recipes import WARMUP, packs_per_step
     from steps.streams import open_stream
 
-    assert config.warmup is not None, f"{uri} is of a warm-up, and config.json has none"
-    stream = open_stream(config, tokens_uri=storage.join(root, "tokens", "all"), model_uri=storage.join(root, "model"))
+    annotated = storage.join(root, "tokens", FOLDER)
+    scored = stage != WARMUP and storage.exists(storage.join(annotated, MANIFEST))
+    tokens_uri = annotated if scored else storage.join(root, "tokens", "all")
+    stream = open_stream(config, tokens_uri=tokens_uri, model_uri=storage.join(root, "model"), stage=stage)
     replay_stream(
         stream,
         rows,
         uri=uri,
-        packs_per_step=config.warmup.packs_per_step,
+        packs_per_step=packs_per_step(config, stage),
         max_bad_rows=config.data.max_bad_rows,
     )
 

@@ -50,6 +50,7 @@ def evaluate(
 async def _evaluate(config, tokens_uri, models, measured_with, resources) -> dict[str, dict[str, Any]]:
     rows_uri, teacher_uri = measured_with
     results: dict[str, dict[str, Any]] = {name: {} for name in models}
+    rows_uri, teacher_uri = measured_with
     if config.method.name != "grpo":
         for name, uri in models.items():
             results[name] |= await _measure(config, uri, rows_uri, teacher_uri, resources)

@@ -5,13 +5,15 @@ import shutil
 from typing import Any
 
 from posttrain import storage
-from posttrain.config import RunConfig
+from posttrain.config import Distill, RunConfig
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import DataError
+from posttrain.manifest import json_sha256
 from posttrain.model.backend import backend_of
 from posttrain.model.export import write_generation_config
 from posttrain.workflow.measures import measured
 from posttrain.workflow.policy_model import ADAPTER
+from steps.origin import LINEAGE, lineage_table, read_lineage
 
 
 def export(
@@ -22,11 +24,15 @@ def export(
     provenance: dict[str, Any],
     evaluation: dict[str, Any],
     tokenizer_sha256: str,
+    trained: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write config, weights, tokenizer, template and model card; open them with transformers and compare.
 
     A model of posttrain's own is compared by its logits or scores, one of transformers' by its weights, bit by bit.
     Adapters lie merged in the weights, and in PEFT's format in a folder of their own.
+
+    Args:
+        trained: what the training step returned; its ledger is a part of the lineage.
 
     Returns:
         uri of the folder, the largest logit difference, and what else the backend compared.
@@ -44,7 +50,9 @@ def export(
         write_generation_config(folder, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
         if (source / ADAPTER).is_dir():
             shutil.copytree(source / ADAPTER, folder / ADAPTER)
-        (folder / "README.md").write_text(_model_card(config, provenance, evaluation))
+        runs = [*read_lineage(source), _this_run(config, root, provenance, tokenizer_sha256, trained or {})]
+        (folder / LINEAGE).write_text(json.dumps(runs, indent=2) + "\n")
+        (folder / "README.md").write_text(_model_card(config, provenance, evaluation, runs))
         return facts | {"tokenizer_sha256": tokenizer.fingerprint()}
 
     storage.ensure_folder(uri, write)
@@ -56,7 +64,28 @@ def export(
     return {"uri": uri, **checked, "tokenizer_sha256": fingerprint}
 
 
-def _model_card(config: RunConfig, provenance: dict[str, Any], evaluation: dict[str, Any]) -> str:
+def _this_run(
+    config: RunConfig, root: str, provenance: dict[str, Any], tokenizer_sha256: str, trained: dict[str, Any]
+) -> dict[str, Any]:
+    """One entry of the lineage: what this run started from, read and trained."""
+    data_uri = storage.join(root, "data")
+    started_from = {"model": config.model.path or "fresh"}
+    if isinstance(config.method, Distill):
+        started_from["teacher"] = config.method.teacher.path or "fresh"
+    return {
+        "run": f"{provenance['flow']}/{provenance['run_id']}",
+        "method": config.method.name,
+        "started_from": ", ".join(f"{name} {path}" for name, path in started_from.items()),
+        "config_sha256": provenance["config_sha256"],
+        "data_sha256": json_sha256(storage.manifest_of(data_uri)["files"]),
+        "tokenizer_sha256": tokenizer_sha256,
+        "ledger": trained.get("ledger", {}).get("digest"),
+    }
+
+
+def _model_card(
+    config: RunConfig, provenance: dict[str, Any], evaluation: dict[str, Any], runs: list[dict[str, Any]]
+) -> str:
     columns = measured(evaluation)
     rows = [f"| {name} | {' | '.join(str(found[c]) for c in columns)} |" for name, found in evaluation.items()]
     table = "\n".join([f"| model | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|", *rows])
@@ -66,6 +95,7 @@ def _model_card(config: RunConfig, provenance: dict[str, Any], evaluation: dict[
         f"## Evaluation on held-out rows ({config.data.held_out})\n\n{table}\n\n"
         f"## Lineage\n\n- run: {provenance['flow']}/{provenance['run_id']}\n"
         f"- config sha256: {provenance['config_sha256']}\n- seed: {provenance['seed']}\n- versions: {versions}\n\n"
+        f"{lineage_table(runs)}\n\n"
         f"## Config\n\n```json\n{json.dumps(config.model_dump(mode='json'), indent=2)}\n```\n"
     )
 

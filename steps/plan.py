@@ -12,10 +12,14 @@ from posttrain.compute.verl_workers import INSTALL, verl_is_installed
 from posttrain.config import Distill, Origin, RunConfig
 from posttrain.config_file import RECIPES
 from posttrain.data.source import check_source
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import ConfigError, ModelError, PosttrainError
 from posttrain.manifest import json_sha256
+from posttrain.model.families import decoder_config
+from posttrain.model.heads import NATIVE
+from posttrain.model.load import read_config
 from posttrain.plugin import resolve
 from posttrain.workflow.trackers import missing_packages
+from steps.origin import RUN, locate
 from steps.recipes import measure_names, prompt_sets, trains_on_rows
 
 LIBRARIES = ("posttrain", "torch", "transformers", "ray", "metaflow", "pydantic", "numpy", "vllm")
@@ -56,7 +60,7 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
 
 
 def _check_plugins(config: RunConfig) -> list[str]:
-    plugins = {} if config.reward is None else {"reward.function": config.reward.function}
+    plugins = {"reward.function": config.reward.function} if config.reward and config.reward.function else {}
     if ":" in config.rollout.generator:
         plugins["rollout.generator"] = config.rollout.generator
     if config.tracking.custom:
@@ -89,21 +93,32 @@ def _check_sources(config: RunConfig) -> list[str]:
 
 
 def _check_models(config: RunConfig) -> list[str]:
-    problems = _check_origin(config.model, "model")
+    problems = _check_origin(config, config.model, "model")
     if isinstance(config.method, Distill):
-        problems += _check_origin(config.method.teacher, "method.teacher")
+        problems += _check_origin(config, config.method.teacher, "method.teacher")
+    if config.reward and config.reward.model:
+        problems += _check_judge(locate(config.reward.model, config))
     return problems
 
 
-def _check_origin(origin: Origin, key: str) -> list[str]:
-    path = origin.path
-    if path is None:
+def _check_judge(folder: str) -> list[str]:
+    try:
+        shape = decoder_config(read_config(folder))
+    except ModelError as error:
+        return [f"reward.model: {error}"]
+    scores = shape.heads.get(NATIVE) == 1
+    return [] if scores else [f"reward.model: {folder} has no head `score` of one number; train one with reward_flow"]
+
+
+def _check_origin(config: RunConfig, origin: Origin, key: str) -> list[str]:
+    if origin.path is None:
         return []
+    path = locate(origin.path, config)
     local = Path(path).expanduser()
     if storage.is_s3(path) or local.is_dir():
         file = storage.join(path, "config.json") if storage.is_s3(path) else str(local / "config.json")
         return [] if storage.exists(file) else [f"{key}.path: {path} has no config.json"]
-    if path.startswith((".", "/", "~")):
+    if path.startswith((".", "/", "~")) or origin.path.startswith(RUN):
         return [f"{key}.path: {path} does not exist"]
     if not origin.revision:
         return [f"{key}.path: {path} is no local folder; for a hub id set {key}.revision to its commit (40 hex digits)"]

@@ -20,6 +20,7 @@ from posttrain.manifest import MANIFEST, read_manifest
 from posttrain.model.backend import backend_of
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.heads import FOLDER as HEADS
+from steps.origin import LINEAGE, locate
 from steps.recipes import prompt_sets, rows_of, trains_on_rows
 from steps.streams import row_reader, shares_of, store_sources, stored_sources
 
@@ -147,12 +148,12 @@ def model_folder(path: str, revision: str | None, *, suffixes: tuple[str, ...], 
 def _write_model(config: RunConfig, folder: Path, texts: Iterator[str]) -> None:
     fresh, method = config.model.fresh, config.method
     if fresh is None:
-        _copy_model(config.model, folder, "model", config.model.backend)
+        _copy_model(config, config.model, folder, "model")
         return
     if isinstance(method, Distill) and method.teacher.path is not None:
-        teacher = model_folder(method.teacher.path, method.teacher.revision, suffixes=TEXT_FILES)
+        teacher = model_folder(locate(method.teacher.path, config), method.teacher.revision, suffixes=TEXT_FILES)
         size = backend_of("posttrain").shape(teacher).vocab_size
-        _copy_text(teacher, folder)  # a student writes in its teacher's tokens
+        _copy_text(teacher, folder, but=(LINEAGE,))  # a student writes in its teacher's tokens
     else:
         size = train_tokenizer(texts, folder, vocab_size=fresh.vocab_size)
     _build_fresh(config, fresh, folder, vocab_size=size, seed=config.seed)
@@ -165,11 +166,11 @@ def _write_teacher(config: RunConfig, teacher: Origin, folder: Path, student: Pa
         DataError: its tokenizer means another token by an id of the student's.
     """
     if teacher.fresh is not None:
-        _copy_text(student, folder)
+        _copy_text(student, folder, but=(LINEAGE,))
         size = backend_of("posttrain").shape(student).vocab_size
         _build_fresh(config, teacher.fresh, folder, vocab_size=size, seed=config.seed + 1)
         return
-    _copy_model(teacher, folder, "method.teacher", "posttrain")
+    _copy_model(config, teacher, folder, "method.teacher")
     check_same_tokens(student, folder)
 
 
@@ -195,16 +196,17 @@ def _build_fresh(config: RunConfig, fresh: FreshModel, folder: Path, *, vocab_si
     build_model(folder, fresh_config(vocab_size=vocab_size, **shape), seed=seed)
 
 
-def _copy_text(source: Path, folder: Path) -> None:
+def _copy_text(source: Path, folder: Path, *, but: tuple[str, ...] = ()) -> None:
     for path in sorted(source.iterdir()):
-        if path.suffix in TEXT_FILES and path.name != MANIFEST:
+        if path.suffix in TEXT_FILES and path.name not in (MANIFEST, *but):
             shutil.copyfile(path, folder / path.name)
 
 
-def _copy_model(origin: Origin, folder: Path, key: str, backend: str) -> None:
+def _copy_model(config: RunConfig, origin: Origin, folder: Path, key: str) -> None:
     assert origin.path is not None, "the config's own check lets exactly one of path and fresh through"
-    source = model_folder(origin.path, origin.revision, suffixes=(*TEXT_FILES, ".safetensors"), key=key)
-    backend_of(backend).shape(source)
+    path = locate(origin.path, config)
+    source = model_folder(path, origin.revision, suffixes=(*TEXT_FILES, ".safetensors"), key=key)
+    backend_of(config.model.backend).shape(source)
     for path in sorted(source.glob("*.safetensors")):
         _link(path.resolve(), folder / path.name)
     _copy_text(source, folder)

@@ -11,6 +11,7 @@ from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.model.backend import backend_of
 from steps.data_report import first_window_report, prompt_report, source_report
+from steps.origin import locate
 from steps.prepare import TEXT_FILES, model_folder, row_sets, vocabulary_texts, write_data
 from steps.recipes import prompt_sets
 from steps.streams import PROVED_ROWS, make_encoder, pack_stream, record_units, reserved_hashes, stored_sources
@@ -38,7 +39,7 @@ def _report(config: RunConfig, root: Path, rows: dict[str, list[Row]]) -> dict[s
         train_tokenizer(texts, folder, vocab_size=config.model.fresh.vocab_size)
     else:
         assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"
-        folder = model_folder(config.model.path, config.model.revision, suffixes=TEXT_FILES)
+        folder = model_folder(locate(config.model.path, config), config.model.revision, suffixes=TEXT_FILES)
         shape = backend_of(config.model.backend).shape(folder)
     tokenizer = BaseHFModelTokenizer(folder)
     encoder = make_encoder(config, tokenizer, shape, prove=PROVED_ROWS)

@@ -65,10 +65,9 @@ def measures_of(config: RunConfig) -> list[tuple[Loss, dict[str, str]]]:
     main, method = loss_of(config, config.method.name), config.method
     match method:
         case DPO():
-            # Against the reference the starting model wins nothing by definition; log p alone compares it too.
+            # Against the reference the starting model ties every pair by definition; log p alone compares it too.
             alone = DPOLoss(beta=1.0, reference_free=True)
-            names = {name: name for name in ("loss", "accuracy", "margin")}
-            return [(main, names), (alone, {"accuracy": "prefers_chosen"})]
+            return [(main, {"loss": "loss", "margin": "margin"}), (alone, {"accuracy": "prefers_chosen"})]
         case RewardModel(kind="pairs"):
             return [(main, {name: name for name in ("loss", "accuracy", "margin")})]
         case RewardModel():

@@ -12,6 +12,7 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
 from posttrain.workflow.rollouts import Prompts, RewardPool, RolloutMaker, Sampling, Shaping
 from steps.hardware import Hardware
+from steps.origin import locate
 from steps.recipes import prompt_sets
 
 
@@ -32,7 +33,8 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
     cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     generators = ActorGroup("generator", cls, [arguments], resources.generator)
-    rewards = RewardPool(config.reward.function, timeout_s=config.reward.timeout_s)
+    judge = None if config.reward.model is None else locate(config.reward.model, config)
+    rewards = RewardPool(config.reward.function, model=judge, timeout_s=config.reward.timeout_s)
     await rewards.ready()
     maker = RolloutMaker(
         generators,

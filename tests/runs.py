@@ -30,6 +30,33 @@ SMALL: dict[str, Any] = {
 }
 
 
+SMALL_RECIPE: dict[str, Any] = {
+    "model.fresh": {"hidden_size": 32, "num_layers": 2},
+    "data.pack_tokens": 128,
+    "optim.num_steps": 6,
+    "eval.every_steps": 3,
+    "checkpoint.every_steps": 2,
+}
+"""On top of configs/<recipe>_tiny.yaml."""
+SMALL_ROWS = {
+    "sft": {"data.sources": "small_task:exact", "data.held_out": "small_task:held_out_exact"},
+    "dpo": {"data.sources": "small_task:pairs", "data.held_out": "small_task:held_out_pairs", "warmup.num_steps": 4},
+    "reward": {"data.sources": "small_task:pairs", "data.held_out": "small_task:held_out_pairs", "warmup": None},
+    "distill": {
+        "data.sources": "small_task:exact",
+        "data.held_out": "small_task:held_out_exact",
+        "warmup.num_steps": 4,
+        "method.teacher.fresh": {"hidden_size": 48, "num_layers": 2},
+    },
+}
+
+
+def recipe_config(name: str, **overrides: Any) -> RunConfig:
+    """A recipe's tiny config, shrunk, and asked no questions; with dotted overrides."""
+    base = {"base": str(ROOT / "configs" / f"{name}_tiny.yaml"), "eval.prompts": None, "reward": None}
+    return load_config(json.dumps(base | SMALL_RECIPE | SMALL_ROWS[name] | overrides))
+
+
 def small_config(**overrides: Any) -> RunConfig:
     """The small run with dotted overrides: small_config(**{"optim.lr": 0})."""
     return load_config(json.dumps(SMALL | overrides))
@@ -42,6 +69,7 @@ class Prepared:
     root: Path
     model_uri: str
     tokens_uri: str
+    teacher_uri: str | None = None
 
 
 def prepared(root: Path, config: RunConfig) -> Prepared:
@@ -55,7 +83,8 @@ def prepared(root: Path, config: RunConfig) -> Prepared:
     uris = {"root": str(root), "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
     parts = [tokenize(config, **uris, part=part) for part in made["parts"]]
     tokens = merge_tokens(config, **uris, parts=parts)
-    return Prepared(root=root, model_uri=made["model"]["uri"], tokens_uri=tokens["uri"])
+    found = {"model_uri": made["model"]["uri"], "teacher_uri": made["teacher_uri"], "tokens_uri": tokens["uri"]}
+    return Prepared(root=root, **found)
 
 
 def run_step(step: str, config: RunConfig, folder: Path, *, fault: str | None = None, **inputs: Any):

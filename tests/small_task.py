@@ -11,6 +11,39 @@ def demonstrations(seed: int) -> list[Row]:
     return sort_digits.demonstrations(seed, count=200)
 
 
+def exact(seed: int) -> list[Row]:
+    return sort_digits.exact_demonstrations(seed, count=200)
+
+
+def held_out_exact(seed: int) -> list[Row]:
+    return sort_digits.held_out_demonstrations(seed, count=8)
+
+
+def pairs(seed: int) -> list[Row]:
+    return sort_digits.pairs(seed, count=200)
+
+
+def held_out_pairs(seed: int) -> list[Row]:
+    return sort_digits.held_out_pairs(seed, count=8)
+
+
+def labelled(seed: int) -> list[Row]:
+    """Right answers labelled true, wrong ones false."""
+    return [
+        {"messages": [*row["prompt"], *row[side]], "label": side == "chosen"}
+        for row in sort_digits.pairs(seed, count=100)
+        for side in ("chosen", "rejected")
+    ]
+
+
+def held_out_labelled(seed: int) -> list[Row]:
+    return [
+        {"messages": [*row["prompt"], *row[side]], "label": side == "chosen"}
+        for row in held_out_pairs(seed)
+        for side in ("chosen", "rejected")
+    ]
+
+
 def prompts(seed: int) -> list[Row]:
     return sort_digits.prompts(seed, count=40)
 

@@ -136,6 +136,29 @@ def export(
     print(json.dumps(made, indent=2))
 
 
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Model folder, local or s3://, as a run exports it.", metavar="MODEL")],
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Talk to MODEL: one line is one turn, from the keyboard or from a pipe; an empty line or Ctrl-D ends it."""
+    from steps.chat import chat as talk
+
+    def turns():
+        while True:
+            try:
+                text = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            if not text:
+                return
+            yield text
+
+    talk(model, turns(), print, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+
 def _absolute(root: str) -> str:
     from posttrain.storage import is_s3
 

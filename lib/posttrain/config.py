@@ -87,15 +87,25 @@ class Rollout(Section):
 
 
 class Reward(Section):
-    """What a completion is worth."""
+    """What a completion is worth: by `function`, or by a reward model."""
 
-    function: Plugin
+    function: Plugin | None = None
     """`f(row, completion) -> float`, or a dict of named parts that sum to the reward."""
+    model: str | None = None
+    """A folder with the head `score`, as the recipe reward exports it (local or s3://), or run:RewardFlow/ID; it reads
+    the row's messages and the completion, on a CPU."""
     timeout_s: float = Field(default=10, gt=0)
     """Deadline for one group, seconds; then its process is killed."""
     max_failures: int = Field(default=20, ge=0)
     """Groups that training may drop because their reward failed, and rows that an evaluation may leave out; one
     more stops the run."""
+
+    @model_validator(mode="after")
+    def one_judge(self):
+        if (self.function is None) == (self.model is None):
+            state = "both are" if self.function else "neither is"
+            raise ValueError(f"set exactly one of function and model ({state} set); null drops one that the base has")
+        return self
 
 
 class Parallel(Section):
@@ -249,6 +259,8 @@ class RunConfig(Section):
             problems.append("eval.prompts: RL is evaluated on data.held_out; remove eval.prompts")
         if self.method.name == "reward" and self.eval.prompts is not None:
             problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
+        if isinstance(self.method, RewardModel) and self.method.kind == "labels" and self.warmup:
+            problems.append("warmup: answers with labels are no demonstrations, some are bad; set warmup: null")
         if self.method.name in ("reward", "distill") and self.model.backend != "posttrain":
             problems.append(f"model.backend = transformers: method {self.method.name} needs posttrain's own decoder")
         if self.method.name in ("dpo", "reward") and self.data.over_long == "split":

@@ -14,6 +14,7 @@ from posttrain.errors import ConfigError
 STAND_IN: dict[Any, dict[str, str]] = {
     ("model",): {"path": "stand-in"},
     ("data",): {},
+    ("reward",): {"function": "stand.in:value"},
     ("method", "teacher"): {"path": "stand-in"},
 }
 """Sections that a config must have, as they are while the rest is looked at."""

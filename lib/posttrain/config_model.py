@@ -46,7 +46,8 @@ class Origin(Section):
     """Where weights come from: `path`, or `fresh`."""
 
     path: str | None = None
-    """Hugging Face model folder (local or s3://), or a hub id."""
+    """Hugging Face model folder (local or s3://), a hub id, or run:SFTFlow/ID: what that run of the same
+    checkpoint.root exported."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Hub commit, 40 hex digits; needed with a hub id, so that a run can be repeated."""
     fresh: FreshModel | None = None

@@ -25,7 +25,7 @@ def flow(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProce
     environment |= {
         "METAFLOW_HOME": str(folder / "metaflow_home"),
         "METAFLOW_CLIENT_CACHE_PATH": str(folder / "client_cache"),
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         **env,
     }
     command = [sys.executable, FLOW, *arguments]

@@ -14,6 +14,7 @@ from posttrain.data.types import Prompt, Rollout, Row
 from posttrain.errors import ComputeError, RewardError
 from posttrain.workflow.clock import Clock
 from posttrain.workflow.ledger import Ledger
+from posttrain.workflow.reward_model import RewardModel
 
 Group = list[Rollout]
 
@@ -66,8 +67,13 @@ class Shaping:
 class RewardPool:
     """One process that scores; killed and started anew when a group passes its deadline."""
 
-    def __init__(self, function: str, *, timeout_s: float):
-        self.function, self.timeout_s = function, timeout_s
+    def __init__(self, function: str | None, *, model: str | None = None, timeout_s: float):
+        """
+        Args:
+            model: folder of a reward model, in place of a function.
+        """
+        self.worker = (RewardWorker, {"function": function}) if model is None else (RewardModel, {"folder": model})
+        self.timeout_s = timeout_s
         self.workers = self._start()
 
     async def score(self, row: Row, completions: Sequence[str]) -> list[tuple[float, dict[str, float]]]:
@@ -93,7 +99,8 @@ class RewardPool:
         await self.workers.call_one(0, "ready", timeout_s=START_SECONDS)
 
     def _start(self) -> ActorGroup:
-        return ActorGroup("reward", RewardWorker, [{"function": self.function}], Pool(cpus=0))
+        cls, arguments = self.worker
+        return ActorGroup("reward", cls, [arguments], Pool(cpus=0))
 
 
 class RolloutMaker:

@@ -133,3 +133,30 @@ def test_only_as_many_rows_are_proved_as_asked_and_bad_ones_do_not_count(skewed)
     with pytest.raises(DataError, match="disagree"):
         picky([chat()])
     assert reasons(picky([chat()])) == [1]
+
+
+def test_an_answer_that_is_scored_is_read_up_to_its_stop_token_and_no_further(tokenizer):
+    row = {
+        "prompt": [{"role": "user", "content": "sort 21"}],
+        "chosen": [{"role": "assistant", "content": "12"}],
+        "rejected": [{"role": "assistant", "content": "21"}],
+    }
+    (trained,), (scored,) = (
+        encoder(tokenizer, wanted="preference", scored=scored, pack_tokens=128)([row])[0] for scored in (False, True)
+    )
+    for side, (read, whole) in enumerate(zip(scored, trained, strict=True)):
+        assert read.input_ids[-1] in tokenizer.stop_ids
+        assert tokenizer.decode(read.input_ids[-3:]) == ("12", "21")[side]
+        # the trained tokens are the same: a warm-up on the chosen answers sees no difference
+        assert read.target_ids[read.loss_mask > 0].tolist() == whole.target_ids[whole.loss_mask > 0].tolist()
+    assert [sample.fields for sample in scored] == [{"margin": 0.0}] * 2
+    assert [sample.fields for sample in trained] == [{}] * 2
+
+
+def test_a_margin_and_a_label_come_with_the_answer(tokenizer):
+    sides = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "12"), ("rejected", "21"))}
+    row = {"prompt": [{"role": "user", "content": "sort 21"}], **sides, "margin": 0.5}
+    ((pair,),) = encoder(tokenizer, wanted="preference", scored=True, pack_tokens=128)([row])
+    assert [sample.fields for sample in pair] == [{"margin": 0.5}] * 2
+    labelled = encoder(tokenizer, wanted="unpaired", scored=True)([chat() | {"label": True}, chat() | {"label": False}])
+    assert [unit[0].fields for (unit,) in labelled] == [{"label": 1.0}, {"label": 0.0}]

@@ -293,3 +293,12 @@ def test_the_prompt_of_a_pair_is_the_one_trl_extracts(system, pairs, answer):
     rejected = [*chosen[:-1], {"role": "assistant", "content": answer + pairs[-1][1]}]
     record = {"chosen": chosen, "rejected": rejected}
     assert read(record, "preference") == trl.maybe_extract_prompt(copy.deepcopy(record))
+
+
+def test_a_margin_stays_with_its_pair_and_must_be_a_number():
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert convert(pair | {"margin": 1}, Format.preference, wanted="preference")["margin"] == 1.0
+    assert "margin" not in convert(pair | {"margin": None}, Format.preference, wanted="preference")
+    for wrong in ("much", True, float("nan")):
+        with pytest.raises(RowError, match="margin must be a finite number"):
+            convert(pair | {"margin": wrong}, Format.preference, wanted="preference")

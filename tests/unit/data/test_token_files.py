@@ -1,5 +1,6 @@
 """Token Parquet gives back the units that were written, in the order of the draws, and notices damage."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,14 @@ import pytest
 from posttrain.data import token_files
 from posttrain.data.sample import shift
 from posttrain.data.source import Source
-from posttrain.data.token_files import TokenUnits, lengths_and_duplicates, write_units
+from posttrain.data.token_files import (
+    TokenUnits,
+    UnitsFile,
+    block_units,
+    lengths_and_duplicates,
+    read_units,
+    write_units,
+)
 from posttrain.errors import DataError
 
 
@@ -75,3 +83,16 @@ def test_a_flipped_bit_is_noticed_and_the_file_named(written):
     damaged = Source([str(path)], key="data.sources[0]")
     with pytest.raises(DataError, match=r"data\.sources\[0\]: .*a\.parquet, block \d+: its bytes are damaged"):
         TokenUnits(damaged, seed=0, number=0).units(np.arange(120))
+
+
+def test_fields_of_every_document_come_back(tmp_path):
+    pair = tuple(replace(s, fields={"margin": 0.5, "ref_logprob": -float(n)}) for n, s in enumerate(unit(1, 3, 4)))
+    with UnitsFile(tmp_path / "units.parquet") as file:
+        file.add(pair, 7)
+        file.add(unit(2, 5), None)
+    found = read_units(tmp_path / "units.parquet")
+    assert [sample.fields for sample in found[0]] == [sample.fields for sample in pair] and found[1][0].fields == {}
+    assert_equal(found[0], pair)
+    source = Source([str(tmp_path / "units.parquet")], key="data.sources[0]")
+    (first, a), (second, b) = block_units(source, 0)
+    assert (a, b) == (7, None) and first[1].fields["ref_logprob"] == -1 and len(second) == 1

@@ -1,0 +1,128 @@
+"""A run starts from what an earlier one exported: by its name, with its lineage, as a model, a judge or a partner."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain import storage
+from posttrain.config import RunConfig
+from posttrain.data.batch import collate
+from posttrain.data.encode import Encoder
+from posttrain.data.pack import pack
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.errors import ConfigError, ModelError, RewardError
+from posttrain.model.export import export_model
+from posttrain.model.forward import forward
+from posttrain.model.load import load_decoder
+from posttrain.workflow.reward_model import RewardModel
+from runs import prepared, recipe_config, small_config
+from steps.chat import chat
+from steps.export import export
+from steps.origin import LINEAGE
+from steps.plan import plan
+from tiny import tiny_model
+
+
+def exported(config: RunConfig, runs: Path, flow: str, digest: str) -> Path:
+    """The export of a run that did not train, as run 1 of its flow."""
+    root = runs / flow / "1"
+    root.mkdir(parents=True)
+    base = prepared(root, config)
+    found = export(
+        config,
+        root=str(root),
+        model_uri=base.model_uri,
+        provenance={"flow": flow, "run_id": "1", "config_sha256": "c" * 64, "seed": 0, "versions": {"torch": "2"}},
+        evaluation={"before": {"rows": 8, "loss": 2.0}, "after": {"rows": 8, "loss": 1.0}},
+        tokenizer_sha256=BaseHFModelTokenizer(base.model_uri).fingerprint(),
+        trained={"ledger": {"digest": digest}},
+    )
+    return Path(found["uri"])
+
+
+def test_a_later_run_starts_from_an_earlier_one_and_keeps_its_lineage(tmp_path: Path):
+    first = exported(recipe_config("sft"), tmp_path, "SFTFlow", "d1")
+    changes = {"model": {"fresh": None, "path": "run:SFTFlow/1"}, "checkpoint.root": str(tmp_path), "warmup": None}
+    config = recipe_config("dpo", **changes)
+    assert plan(config, flow="DPOFlow", run_id="7")["root"] == str(tmp_path / "DPOFlow" / "7")
+    second = exported(config, tmp_path, "DPOFlow", "d2")
+    assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    runs = json.loads((second / LINEAGE).read_text())
+    assert [(run["run"], run["method"], run["ledger"]) for run in runs] == [
+        ("SFTFlow/1", "sft", "d1"),
+        ("DPOFlow/1", "dpo", "d2"),
+    ]
+    assert runs[1]["started_from"] == "model run:SFTFlow/1"
+    card = (second / "README.md").read_text()
+    assert "| SFTFlow/1 | sft | model fresh |" in card and "| before | 2.0 |" in card
+
+
+def test_a_run_that_is_not_there_is_refused(tmp_path: Path):
+    changes = {"model": {"fresh": None, "path": "run:SFTFlow/9"}, "checkpoint.root": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"model.path: .*SFTFlow/9/export does not exist"):
+        plan(recipe_config("dpo", **changes), flow="DPOFlow", run_id="1")
+
+
+def test_a_config_of_another_recipe_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"method.name: DPOFlow runs dpo, the config is for sft"):
+        plan(recipe_config("sft", **{"checkpoint.root": str(tmp_path)}), flow="DPOFlow", run_id="1")
+
+
+def test_a_gate_on_what_is_not_measured_is_refused(tmp_path: Path):
+    config = recipe_config("sft", **{"checkpoint.root": str(tmp_path), "eval.gate": {"loss": 0.1, "accuracy": 0}})
+    with pytest.raises(ConfigError, match=r"eval.gate.accuracy: no measure of this run; it has loss, perplexity$"):
+        plan(config, flow="SFTFlow", run_id="1")
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Path:
+    source = tiny_model(tmp_path / "tiny")
+    export_model(load_decoder(source, heads={"score": 1}, lm_head=False), tmp_path / "judge", like=source)
+    return tmp_path / "judge"
+
+
+def test_a_reward_model_judges_completions_as_it_was_trained_to(judge: Path):
+    asked = [{"role": "user", "content": "sort 21"}]
+    texts = ["12", "21", "1 2 1 2 1 2"]
+    scores = [score for score, _ in RewardModel(str(judge)).score({"messages": asked}, texts)]
+    sides = {"chosen": texts[0], "rejected": texts[1]}
+    pair = {"prompt": asked} | {k: [{"role": "assistant", "content": text}] for k, text in sides.items()}
+    trained = Encoder(BaseHFModelTokenizer(judge), wanted="preference", pack_tokens=128, scored=True)([pair])[0]
+    batch = collate(pack(trained, pack_tokens=128)[0], pack_tokens=128)
+    with torch.no_grad():
+        expected = forward(load_decoder(judge), batch, with_logprobs=False).scores["score"][:, 0]
+    assert scores[:2] == pytest.approx(expected.tolist(), abs=1e-5) and len(set(scores)) == 3
+
+
+def test_a_completion_that_cannot_be_read_is_an_error_and_never_a_score(judge: Path):
+    row = {"messages": [{"role": "user", "content": "sort 21"}]}
+    with pytest.raises(RewardError, match=r"completion 1: .*tokens; a pack holds 128"):
+        RewardModel(str(judge)).score(row, ["12", "1 2 " * 200])
+
+
+def test_a_judge_without_a_score_is_refused_before_anything_runs(judge: Path, tmp_path: Path):
+    changes = {"checkpoint.root": str(tmp_path / "runs"), "reward.function": None}
+    with pytest.raises(ConfigError, match=r"reward.model: .*/tiny has no head `score` of one number"):
+        plan(small_config(**changes, **{"reward.model": str(tmp_path / "tiny")}), flow="GRPOFlow", run_id="1")
+    plan(small_config(**changes, **{"reward.model": str(judge)}), flow="GRPOFlow", run_id="1")
+
+
+def test_chat_answers_every_turn_with_the_turns_before_in_mind(tmp_path: Path):
+    folder, said = str(tiny_model(tmp_path / "tiny")), []
+    asked = {"temperature": 0.0, "max_new_tokens": 4, "seed": 0}
+    chat(folder, ["sort 21", "sort 21"], said.append, **asked)
+    alone: list[str] = []
+    chat(folder, ["sort 21"], alone.append, **asked)
+    assert len(said) == 2 and said[0] == alone[0]
+
+
+def test_a_reward_model_does_not_chat(judge: Path):
+    with pytest.raises(ModelError, match="Qwen3ForSequenceClassification, which writes no text"):
+        chat(str(judge), ["sort 21"], print, temperature=1.0, max_new_tokens=4, seed=0)
+
+
+def test_exports_are_published_whole(tmp_path: Path):
+    folder = exported(recipe_config("sft"), tmp_path, "SFTFlow", "d1")
+    assert LINEAGE in storage.manifest_of(str(folder))["files"]

@@ -1,0 +1,129 @@
+"""Every recipe on rows through its one training program: it learns, measures itself, and leaves what comes next."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain import storage
+from posttrain.data.token_files import read_units
+from posttrain.errors import DataError
+from posttrain.model.load import load_decoder, read_config
+from posttrain.model.losses import count
+from posttrain.workflow.ledger_file import read_ledger
+from posttrain.workflow.policy import PolicyRank
+from runs import Prepared, metrics, prepared, recipe_config, result_of, run_step
+from steps.audit import audit
+from steps.prepare import check_same_tokens, prepare
+from steps.recipes import build_of, loss_of, training_of
+from steps.streams import HELD_OUT_UNITS
+from steps.train import held_out_packs
+from tiny import tiny_model
+
+
+def trained(config, base: Prepared, folder: Path, *, fault: str | None = None):
+    inputs = {"root": str(folder), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri, "recipe": True}
+    return run_step("train", config, folder, fault=fault, teacher_uri=base.teacher_uri, **inputs)
+
+
+def test_sft_hands_on_its_best_weights_and_counts_every_draw(tmp_path: Path):
+    config = recipe_config("sft", **{"eval.deliver": "best", "optim.lr": 1e-2})
+    base = prepared(tmp_path, config)
+    found = result_of(trained(config, base, tmp_path))
+    rows = metrics(tmp_path / "metrics" / "sft.jsonl")
+    measured = {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert sorted(measured) == [2, 5] and rows[-1]["loss"] < rows[0]["loss"]
+    best = min(measured, key=lambda step: measured[step])
+    assert found["model_uri"].endswith(f"best_models/step_{best + 1:06d}")
+    assert [each.name for each in (tmp_path / "best_models").iterdir()] == [f"step_{best + 1:06d}"]
+    stage = audit(str(tmp_path))["stages"]["sft"]
+    assert (stage["steps"], stage["replayed"]) == (6, 6)
+
+
+def test_dpo_scores_its_reference_once_and_starts_with_no_margin(tmp_path: Path):
+    config = recipe_config("dpo", **{"warmup": None, "method.sft_coef": 0.0, "optim.lr": 1e-3})
+    base = prepared(tmp_path, config)
+    found = result_of(trained(config, base, tmp_path))
+    rows = metrics(tmp_path / "metrics" / "dpo.jsonl")
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["eval/margin"] > 0
+    (unit, *_) = read_units(Path(found["tokens_uri"]) / HELD_OUT_UNITS)
+    assert len(unit) == 2 and all(sample.fields["ref_logprob"] < 0 for sample in unit)
+    assert audit(str(tmp_path))["stages"]["dpo"]["replayed"] == 6
+
+
+def test_a_reward_model_is_a_classifier_of_transformers(tmp_path: Path):
+    config = recipe_config("reward", **{"optim.lr": 3e-3, "optim.num_steps": 30, "method.packs_per_step": 4})
+    base = prepared(tmp_path, config)
+    found = result_of(trained(config, base, tmp_path))
+    rows = metrics(tmp_path / "metrics" / "reward.jsonl")
+    assert rows[0]["loss"] == pytest.approx(0.69, abs=0.1) and rows[-1]["loss"] < rows[0]["loss"]
+    folder = storage.fetch(found["model_uri"])
+    assert read_config(folder)["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert load_decoder(folder).output_head is None
+
+
+def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path):
+    config = recipe_config("distill", **{"optim.lr": 1e-2})
+    base = prepared(tmp_path, config)
+    assert base.teacher_uri is not None and load_decoder(base.teacher_uri).config.hidden_size == 48
+    found = result_of(trained(config, base, tmp_path))
+    rows = metrics(tmp_path / "metrics" / "distill.jsonl")
+    assert rows[-1]["eval/loss"] < rows[2]["eval/loss"] and found["teacher_uri"] == base.teacher_uri
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_trained_and_delivered_merged_and_apart(tmp_path: Path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = recipe_config("sft", **{"model.lora": {"rank": 4, "alpha": 8.0}, "optim.lr": 1e-2})
+    base = prepared(tmp_path, config)
+    folder = storage.fetch(result_of(trained(config, base, tmp_path))["model_uri"])
+    rows = metrics(tmp_path / "metrics" / "sft.jsonl")
+    assert rows[-1]["eval/loss"] < rows[0]["loss"]
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.model_uri), folder / "adapter")
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "distill"])
+def test_a_killed_recipe_resumes_to_the_same_bytes(tmp_path: Path, name: str):
+    config = recipe_config(name, **({"warmup": None} if name == "dpo" else {}))
+    base = prepared(tmp_path / "inputs", config)
+    whole = result_of(trained(config, base, tmp_path / "whole"))
+    assert trained(config, base, tmp_path / "killed", fault="loop.before_train@4").returncode == -9
+    again = result_of(trained(config, base, tmp_path / "killed"))
+    rows = [read_ledger(f"{tmp_path}/{each}/ledger/{name}.jsonl") for each in ("whole", "killed")]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    weights = [Path(each["model_uri"], "model.safetensors").read_bytes() for each in (whole, again)]
+    assert weights[0] == weights[1]
+
+
+def test_labels_of_single_answers_train_a_reward_model_too(tmp_path: Path):
+    rows = {"data.sources": "small_task:labelled", "data.held_out": "small_task:held_out_labelled"}
+    config = recipe_config("reward", **rows, **{"method.kind": "labels", "optim.lr": 3e-3})
+    base = prepared(tmp_path, config)
+    facts = {"backend": "posttrain", "training": training_of(config, "reward"), "build": build_of(config, None)}
+    rank = PolicyRank(rank=0, world_size=1, model_uri=base.model_uri, reference=False, **facts)
+    rank.address()
+    rank.join("", 60.0)
+    packs, loss = held_out_packs(config, base.tokens_uri), loss_of(config, "reward")
+    assert count(loss, packs) == 16, "an answer is a unit"
+    found = [rank.train_step(step, packs, loss, count(loss, packs)) for step in range(6)]
+    assert found[0]["label"] == 0.5 and found[0]["loss"] == pytest.approx(0.69, abs=0.1)
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path):
+    config = recipe_config("distill", **{"method.teacher": {"fresh": None, "path": str(tiny_model(tmp_path / "tiny"))}})
+    student = Path(prepared(tmp_path / "other", recipe_config("sft")).model_uri)
+    with pytest.raises(DataError, match=r"method.teacher: id \d+ is .* for the student and .* for the teacher"):
+        check_same_tokens(student, tmp_path / "tiny")
+    # a fresh student has no tokens of its own yet: it writes in its teacher's
+    found = prepare(config, root=str(tmp_path / "run"))
+    check_same_tokens(Path(found["model"]["uri"]), tmp_path / "tiny")
+    assert json.loads(Path(found["teacher_uri"], "config.json").read_text())["hidden_size"] == 32
