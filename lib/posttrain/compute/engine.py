@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from posttrain.compute.collective import Ranks
+from posttrain.compute.collective import Ranks, clip_grad_norm
 from posttrain.data.types import Batch
 from posttrain.errors import ComputeError
 
@@ -66,7 +66,7 @@ class Engine:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
         self.ranks.sum_gradients(self.model.parameters())
-        total = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        total = clip_grad_norm(self.model.parameters(), self.max_grad_norm)
         # The one place of a step where the host waits for the device.
         norm, *read = torch.stack([total.double(), *sums.values()]).tolist()
         forward_backward = time.perf_counter()
