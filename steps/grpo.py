@@ -47,7 +47,7 @@ async def _grpo(config, root, model_uri, tokens_uri, observers, resources) -> di
     method, optim = config.method, config.optim
     parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
     policy = await Policy.launch(
-        ranks=config.parallel.data,
+        sizes=resources.sizes,
         model_uri=model_uri,
         backend=config.model.backend,
         training=Training(**optim.model_dump(), pack_tokens=config.data.pack_tokens),

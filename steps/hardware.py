@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.compute.mesh import Sizes
 from posttrain.config import Parallel
 
 
@@ -15,8 +16,10 @@ class Hardware:
     """What each node offers Ray."""
     policy: dict[str, Any]
     generator: dict[str, Any]
-    ranks_on_one_node: int
-    """Policy ranks of a step that runs on a single node, whatever `parallel.nodes` is."""
+    sizes: Sizes
+    """Of the policy's mesh."""
+    sizes_on_one_node: Sizes
+    """Of a step that runs on a single node, whatever `parallel.nodes` is."""
     data_workers: int
     """CPU actors that tokenise and pack ahead; 0 leaves that to a thread of the driver."""
 
@@ -31,8 +34,8 @@ def hardware(parallel: Parallel) -> Hardware:
     local = parallel.backend == "local"
     cores = (os.cpu_count() or 1) if local else parallel.cpus_per_node
     gpus = parallel.gpus_per_node
-    ranks_per_node = -(-parallel.data // parallel.nodes)
-    alone = gpus * parallel.nodes > parallel.data
+    ranks_per_node = -(-parallel.ranks // parallel.nodes)
+    alone = parallel.gpus > parallel.ranks
     # One worker makes 0.6 M tokens/s and more (benchmarks/tokenize_pack.py); a GPU trains a 0.6B model at 0.1 M.
     workers = -(-gpus // 4)
     return Hardware(
@@ -43,6 +46,9 @@ def hardware(parallel: Parallel) -> Hardware:
             "threads": max(1, cores // ranks_per_node),
         },
         generator={"num_cpus": 1, "num_gpus": 0 if not gpus else 1 if alone else 0.4, "threads": cores},
-        ranks_on_one_node=min(parallel.data, gpus or parallel.data),
+        sizes=Sizes(data=parallel.data_ranks, tensor=parallel.tensor),
+        sizes_on_one_node=Sizes(
+            data=min(parallel.data_ranks, gpus // parallel.tensor or parallel.data_ranks), tensor=parallel.tensor
+        ),
         data_workers=workers,
     )

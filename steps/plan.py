@@ -28,7 +28,7 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
         ConfigError: lists everything that does not resolve.
     """
     problems: list[str] = []
-    for check in (_check_plugins, _check_sources, _check_model, _check_devices):
+    for check in (_check_plugins, _check_sources, _check_model, _check_split, _check_devices):
         problems += check(config)
     root = storage.join(_absolute(config.checkpoint.root or "runs"), flow, run_id)
     problems += _check_writable(root)
@@ -90,6 +90,25 @@ def _check_model(config: RunConfig) -> list[str]:
     if not config.model.revision:
         return [f"model.path: {path} is no local folder; for a hub id set model.revision to its commit (40 hex digits)"]
     return []
+
+
+def _check_split(config: RunConfig) -> list[str]:
+    """Whether the ranks can share the model's matrices; of a hub id that is not fetched yet, each rank will tell."""
+    tensor, fresh = config.parallel.tensor, config.model.fresh
+    if tensor == 1:
+        return []
+    from posttrain.model.build import fresh_config
+    from posttrain.model.families import decoder_config
+    from posttrain.model.load import read_config
+    from posttrain.model.parallel import unfit
+
+    if fresh is not None:
+        shape = fresh_config(**fresh.model_dump(), mlp_size=4 * fresh.hidden_size, max_length=config.data.pack_tokens)
+    elif config.model.path and not _check_model(config) and not config.model.revision:
+        shape = read_config(str(Path(config.model.path).expanduser()))
+    else:
+        return []
+    return unfit(decoder_config(shape), tensor=tensor)
 
 
 def _check_devices(config: RunConfig) -> list[str]:

@@ -62,7 +62,7 @@ async def _train(config, root, model_uri, tokens_uri, observers, resources) -> d
         pack_tokens=config.data.pack_tokens,
     )
     policy = await Policy.launch(
-        ranks=resources.ranks_on_one_node,
+        sizes=resources.sizes_on_one_node,
         model_uri=model_uri,
         backend=config.model.backend,
         training=training,

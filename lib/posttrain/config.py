@@ -137,8 +137,10 @@ class Parallel(Section):
 
     backend: Literal["local", "kubernetes", "batch"] = "local"
     """Where Metaflow runs the steps."""
-    data: int = Field(default=2, ge=1)
-    """Data-parallel policy ranks, over all nodes."""
+    data: Annotated[int, Field(ge=1)] | Literal["auto"] = 2
+    """Data-parallel policy ranks, over all nodes; auto is as many as the GPUs allow, one on CPUs."""
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share every matrix of a block, for each data-parallel rank; they should be GPUs of one node."""
     nodes: int = Field(default=1, ge=1)
     """Machines of the train step."""
     gpus_per_node: int = Field(default=0, ge=0)
@@ -151,6 +153,21 @@ class Parallel(Section):
     """Container image with posttrain's dependencies."""
     queue: str | None = None
     """AWS Batch job queue."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def data_ranks(self) -> int:
+        """`data`, with auto worked out."""
+        return self.data if self.data != "auto" else max(self.gpus // self.tensor, 1)
+
+    @property
+    def ranks(self) -> int:
+        """Policy ranks in all."""
+        return self.data_ranks * self.tensor
 
 
 class Checkpoint(Section):
@@ -210,14 +227,12 @@ class RunConfig(Section):
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves none of optim.num_steps = "
                 f"{self.optim.num_steps} for the {self.optim.schedule} decay"
             )
-        if self.rollout.prompts_per_step % self.parallel.data:
+        if self.rollout.prompts_per_step % self.parallel.data_ranks:
             problems.append(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not divisible by parallel.data = "
-                f"{self.parallel.data}; choose a multiple, so that the ranks share a step evenly"
+                f"{self.parallel.data_ranks}; choose a multiple, so that the ranks share a step evenly"
             )
-        gpus = self.parallel.nodes * self.parallel.gpus_per_node
-        if gpus and self.parallel.data > gpus:
-            problems.append(f"parallel.data = {self.parallel.data} ranks need as many GPUs; the run asks for {gpus}")
+        problems += self._ranks_that_do_not_fit()
         if self.parallel.backend != "local" and not (self.checkpoint.root or "").startswith("s3://"):
             problems.append(
                 f"parallel.backend = {self.parallel.backend} runs every step in a container of its own; "
@@ -228,3 +243,20 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _ranks_that_do_not_fit(self) -> list[str]:
+        parallel, problems = self.parallel, []
+        what = f"parallel.data = {parallel.data_ranks}"
+        what += f" times parallel.tensor = {parallel.tensor}" if parallel.tensor > 1 else ""
+        if parallel.gpus and parallel.ranks > parallel.gpus:
+            problems.append(f"{what} ranks need as many GPUs; the run asks for {parallel.gpus}")
+        if parallel.gpus_per_node and parallel.tensor > parallel.gpus_per_node:
+            problems.append(
+                f"parallel.tensor = {parallel.tensor} exceeds parallel.gpus_per_node = {parallel.gpus_per_node}: "
+                "ranks that share matrices must be on one node"
+            )
+        if parallel.tensor > 1 and self.model.backend == "transformers":
+            problems.append(
+                "parallel.tensor > 1 splits posttrain's own decoder only; set it to 1, or model.backend: posttrain"
+            )
+        return problems

@@ -47,11 +47,15 @@ class Engine:
         self.max_grad_norm = max_grad_norm
         self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
-    def train_step(self, step: int, batches: Sequence[Batch], loss_fn: Any, *, denominator: float) -> dict[str, float]:
+    def train_step(
+        self, step: int, batches: Sequence[Batch], loss_fn: Any, *, denominator: float, repeats: int = 0
+    ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics are global, equal on all ranks.
 
         Args:
-            batches: this rank's share; may be empty, its gradient is then zero.
+            batches: this rank's share; may be empty, its gradient is then zero. Ranks of a sharded model must have
+                equally many, as each gathers its parameters with all others.
+            repeats: so many of the last are another's, taken along for that reason; they count nothing.
             loss_fn: what loss_sum reads; see model/losses.
             denominator: loss tokens of the global batch, over all ranks and micro-batches.
 
@@ -60,10 +64,11 @@ class Engine:
         """
         start = time.perf_counter()
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            loss, metrics = self._loss_sum(self.model, batch, loss_fn, scale=1 / denominator)
+        for number, batch in enumerate(batches):
+            counts = number < len(batches) - repeats
+            loss, metrics = self._loss_sum(self.model, batch, loss_fn, scale=counts / denominator)
             loss.backward()
-            for name, value in metrics.items():
+            for name, value in metrics.items() if counts else ():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
         self.ranks.sum_gradients(self.model.parameters())
         total = clip_grad_norm(self.model.parameters(), self.max_grad_norm)

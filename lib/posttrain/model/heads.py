@@ -84,8 +84,11 @@ def read_heads(model: nn.Module, folder: str | Path, wanted: Mapping[str, HeadSp
             fill(tensor, stored[key].read(key))
 
 
-def write_heads(model: nn.Module, folder: str | Path) -> dict[str, HeadSpec]:
+def write_heads(model: nn.Module, folder: str | Path | None) -> dict[str, HeadSpec]:
     """Write every head but Hugging Face's own into `folder`/heads; a folder below, as engines read all beside a model.
+
+    Args:
+        folder: None on a rank that only gathers with the one that writes.
 
     Returns:
         What config.json says of them.
@@ -98,6 +101,8 @@ def write_heads(model: nn.Module, folder: str | Path) -> dict[str, HeadSpec]:
             for name in own
             for key, tensor in model.get_submodule(f"heads.{name}").state_dict().items()
         }
+        if folder is None:
+            return own
         Path(folder, FOLDER).mkdir(exist_ok=True)
         save_file(tensors, Path(folder, FOLDER, FILE), metadata={"format": "pt"})
         shutil.copymode(Path(folder, "config.json"), Path(folder, FOLDER, FILE))

@@ -19,7 +19,7 @@ from posttrain.model.lora import Adapter
 from posttrain.model.moe import MoE
 
 
-def unfit(config: DecoderConfig, *, tensor: int, lora_dora: bool = False) -> list[str]:
+def unfit(config: DecoderConfig, *, tensor: int, dora: bool = False) -> list[str]:
     """Why a model cannot be split over `tensor` ranks, a line a reason; empty where it can."""
     if tensor == 1:
         return []
@@ -33,7 +33,7 @@ def unfit(config: DecoderConfig, *, tensor: int, lora_dora: bool = False) -> lis
         for what, count in counts.items()
         if count % tensor
     ]
-    if lora_dora:
+    if dora:
         problems.append("DoRA needs the norms of whole rows, which parallel.tensor > 1 cuts; set one of them off")
     return problems
 

@@ -7,8 +7,10 @@ from torch import nn
 
 from posttrain.compute.mesh import Mesh
 from posttrain.compute.shard import shard
+from posttrain.errors import ModelError
 from posttrain.model.decoder import Decoder
-from posttrain.model.parallel import split
+from posttrain.model.lora import adapters
+from posttrain.model.parallel import split, unfit
 
 
 def place(
@@ -19,7 +21,15 @@ def place(
     compute_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Shard a decoder in place, adapters included; see shard(). What load_decoder's `place` is for."""
+    """Shard a decoder in place, adapters included; see shard(). What load_decoder's `place` is for.
+
+    Raises:
+        ModelError: the model cannot be split so.
+    """
+    dora = any(adapter.magnitude is not None for _, _, adapter in adapters(model))
+    if problems := unfit(model.config, tensor=mesh.sizes.tensor, dora=dora):
+        raise ModelError("\n".join(problems))
+    assert mesh.sizes.context == mesh.sizes.expert == 1, "the decoder is split over data and tensor ranks only"
     shard(
         model,
         mesh,

@@ -1,6 +1,5 @@
-"""A decoder on a mesh of real ranks is the decoder on one: losses, gradients, their norm, and three steps of training."""
+"""A decoder on a mesh of real ranks is the decoder on one: losses, gradients, norms, and three steps of training."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
