@@ -55,6 +55,11 @@ def gather_rows(x: Tensor, group: Group | None, count: int) -> Tensor:
     return x if group is None else _GatherRows.apply(x, group, count)  # pyright: ignore[reportReturnType]
 
 
+def all_to_all(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    """Send rows [sum(sent), ...] to the ranks in order, so many to each; the rows that came, in the ranks' order."""
+    return _AllToAll.apply(x, sent, received, group)  # pyright: ignore[reportReturnType]
+
+
 def local(parameter: Tensor, *, partial: bool = False) -> Tensor:
     """What this rank computes with: its part of a tensor-parallel parameter, else the parameter.
 
@@ -124,6 +129,23 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         return grads[0] * ctx.factor, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+        ctx.route = sent, received, group
+        return _exchange(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        sent, received, group = ctx.route
+        return _exchange(grads[0], received, sent, group), None, None, None
+
+
+def _exchange(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_to_all_single(x.contiguous(), received, sent, group.name))
 
 
 class _GatherRows(torch.autograd.Function):

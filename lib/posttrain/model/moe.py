@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posttrain.model.collectives import Group, copy_in, local, reduce_out
+from posttrain.model.collectives import Group, all_to_all, copy_in, local, reduce_out
 from posttrain.model.families import DecoderConfig, Experts
 from posttrain.model.layers import Linear
 
@@ -44,7 +44,8 @@ class ExpertMLPs(nn.Module):
     def __init__(self, hidden_size: int, experts: Experts):
         super().__init__()
         count, size = experts.count, experts.mlp_size
-        self.count = count
+        self.beside_others = False
+        """Rows of experts that other ranks hold come along, after those of this rank's."""
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
         self.gate_up_bias = nn.Parameter(torch.empty(count, 2 * size)) if experts.bias else None
@@ -60,7 +61,7 @@ class ExpertMLPs(nn.Module):
         """
         gate_up, down = local(self.gate_up_proj), local(self.down_proj)
         rest = None
-        if len(gate_up) < self.count:
+        if self.beside_others:
             rest = (torch.arange(len(x), device=x.device) >= ends[-1])[:, None]
             experts = experts.clamp(max=len(gate_up) - 1)
 
@@ -95,9 +96,13 @@ class MoE(nn.Module):
         self.register_buffer("load", torch.zeros(self.count), persistent=False)
         self.tensor: Group | None = None
         """Ranks that have the same tokens and hold the other experts (model/parallel.py)."""
+        self.expert: Group | None = None
+        """Ranks that have tokens of their own and hold the other experts."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, experts = self.router.choose(x)
+        if self.expert is not None:
+            return self._exchanged(x, weights, experts, self.expert)
         x, weights = copy_in(x, self.tensor), copy_in(weights, self.tensor)
         first, held = 0, self.count
         if self.tensor is not None:
@@ -114,6 +119,38 @@ class MoE(nn.Module):
         out = self.experts(_Permute.apply(rows, order, back), flat[order], ends)
         out = (_Permute.apply(out, back, order).view(*experts.shape, -1) * weights[..., None]).sum(1)
         return reduce_out(out, self.tensor)
+
+    def _exchanged(self, x: Tensor, weights: Tensor, experts: Tensor, group: Group) -> Tensor:
+        """forward() where experts lie on the ranks of a group: rows go to their experts and come back.
+
+        How many go where decides shapes, so the host waits for the device here, once a layer.
+        """
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=x.device))
+        counts = flat.new_zeros(self.count).scatter_add(0, flat, torch.ones_like(flat))
+        self.load.copy_(counts.float() / flat.numel())
+        held = self.count // group.size
+        coming = all_to_all(counts, [held] * group.size, [held] * group.size, group).view(group.size, held)
+        sent, received = torch.stack((counts.view(group.size, held).sum(1), coming.sum(1))).tolist()
+        rows = x[:, None, :].expand(-1, self.top_k, -1).reshape(len(flat), -1)
+        rows = all_to_all(_Permute.apply(rows, order, back), sent, received, group)
+        out = all_to_all(self._held(rows, coming), received, sent, group)
+        return (_Permute.apply(out, back, order).view(*experts.shape, -1) * weights[..., None]).sum(1)
+
+    def _held(self, rows: Tensor, coming: Tensor) -> Tensor:
+        """The experts of this rank over rows that came [R, d], sorted by expert from each rank in turn.
+
+        Args:
+            coming: [ranks, experts held] int64, how many of each.
+        """
+        ranks, held = coming.shape
+        experts = torch.arange(held, device=rows.device).repeat(ranks)
+        experts = experts.repeat_interleave(coming.flatten(), output_size=len(rows))
+        order = experts.argsort(stable=True)
+        back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=rows.device))
+        ends = coming.sum(0).cumsum(0).to(torch.int32)
+        return _Permute.apply(self.experts(_Permute.apply(rows, order, back), experts[order], ends), back, order)
 
 
 class _Permute(torch.autograd.Function):

@@ -19,8 +19,10 @@ from posttrain.model.lora import Adapter
 from posttrain.model.moe import MoE
 
 
-def unfit(config: DecoderConfig, *, tensor: int, dora: bool = False) -> list[str]:
-    """Why a model cannot be split over `tensor` ranks, a line a reason; empty where it can."""
+def unfit(config: DecoderConfig, *, tensor: int, expert: int = 1, dora: bool = False) -> list[str]:
+    """Why a model cannot be split over so many ranks, a line a reason; empty where it can."""
+    if expert > 1:
+        return _unfit_experts(config, tensor=tensor, expert=expert)
     if tensor == 1:
         return []
     counts = {"query heads": config.num_heads, "key and value heads": config.num_kv_heads}
@@ -36,6 +38,35 @@ def unfit(config: DecoderConfig, *, tensor: int, dora: bool = False) -> list[str
     if dora:
         problems.append("DoRA needs the norms of whole rows, which parallel.tensor > 1 cuts; set one of them off")
     return problems
+
+
+def _unfit_experts(config: DecoderConfig, *, tensor: int, expert: int) -> list[str]:
+    if config.experts is None:
+        return [f"parallel.expert = {expert} splits experts, and the model has none; set it to 1"]
+    problems = []
+    if config.experts.count % expert:
+        count = config.experts.count
+        problems.append(f"parallel.expert = {expert} does not divide the model's {count} experts; choose a divisor")
+    if tensor > 1:
+        problems.append("parallel.expert and parallel.tensor both deal out the experts; set one of them to 1")
+    return problems
+
+
+def expert_modules(model: Decoder) -> list[nn.Module]:
+    """The modules whose parameters are the experts of a layer each."""
+    return [module.experts for module in model.layers.modules() if isinstance(module, MoE)]
+
+
+def split_experts(model: Decoder, expert: DeviceMesh) -> None:
+    """Deal the experts of every layer out over an expert mesh, in place, whole ones in order."""
+    group = Group.of(expert)
+    if group is None:
+        return
+    for module in model.layers.modules():
+        if isinstance(module, MoE):
+            module.expert = group
+            for name, _ in list(module.experts.named_parameters()):
+                _place(module.experts, name, expert, 0)
 
 
 def split(model: Decoder, tensor: DeviceMesh) -> None:
@@ -57,6 +88,7 @@ def split(model: Decoder, tensor: DeviceMesh) -> None:
                 _by_rows(module.up_proj, tensor)
                 _by_columns(module.down_proj, tensor, group)
             case MoE():
+                module.experts.beside_others = True
                 for name, _ in list(module.experts.named_parameters()):
                     _place(module.experts, name, tensor, 0)
             case _:

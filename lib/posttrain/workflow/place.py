@@ -10,7 +10,7 @@ from posttrain.compute.shard import shard
 from posttrain.errors import ModelError
 from posttrain.model.decoder import Decoder
 from posttrain.model.lora import adapters
-from posttrain.model.parallel import split, unfit
+from posttrain.model.parallel import expert_modules, split, split_experts, unfit
 
 
 def place(
@@ -27,14 +27,20 @@ def place(
         ModelError: the model cannot be split so.
     """
     dora = any(adapter.magnitude is not None for _, _, adapter in adapters(model))
-    if problems := unfit(model.config, tensor=mesh.sizes.tensor, dora=dora):
+    if problems := unfit(model.config, tensor=mesh.sizes.tensor, expert=mesh.sizes.expert, dora=dora):
         raise ModelError("\n".join(problems))
-    assert mesh.sizes.context == mesh.sizes.expert == 1, "the decoder is split over data and tensor ranks only"
+    assert mesh.sizes.context == 1, "the decoder does not split the tokens of a pack"
+
+    def split_decoder(_: nn.Module, mesh: Mesh) -> None:
+        split(model, mesh.tensor)
+        split_experts(model, mesh.expert)
+
     shard(
         model,
         mesh,
         blocks=model.layers,
-        split=lambda model, mesh: split(model, mesh.tensor),  # pyright: ignore[reportArgumentType]
+        experts=expert_modules(model) if mesh.sizes.expert > 1 else (),
+        split=split_decoder,
         prepare=prepare,
         compute_dtype=compute_dtype,
         reshard_after_forward=reshard_after_forward,

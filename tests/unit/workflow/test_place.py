@@ -1,5 +1,7 @@
 """A decoder on a mesh of real ranks is the decoder on one: losses, gradients, norms, and three steps of training."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,8 +35,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layer_types": KINDS, "sliding_window": 5},
 }
 """Of each, what another has not: biases; q and k norms and tied embeddings; experts; sinks, windows and both biases."""
+WITH_EXPERTS = ("experts", "sinks")
 
-MESHES = {"data4": {"data": 4}, "data2_tensor2": {"data": 2, "tensor": 2}}
+MESHES = {
+    "data4": {"data": 4},
+    "data2_tensor2": {"data": 2, "tensor": 2},
+    "data4_expert2": {"data": 4, "expert": 2},
+}
+CASES = [(mesh, family) for mesh in MESHES for family in (FAMILIES if "expert" not in mesh else WITH_EXPERTS)]
 
 TOLERANCE = 1e-5
 """Largest difference, as a share of a tensor's largest element: some 80 roundings of float32. Sums over ranks, heads
@@ -54,12 +62,16 @@ def alone(folders) -> dict[str, Any]:
     return {name: run(ranks, folder, {}, losses_of(name)) for name, folder in folders.items()}
 
 
-@pytest.fixture(scope="module", params=MESHES)
-def together(request, folders, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
-    """What four ranks of a mesh find: family -> rank -> results."""
-    calls = [[name, folder, losses_of(name)] for name, folder in folders.items()]
-    found = launch("sharded_runs:run_all", tmp_path_factory.mktemp("ranks"), MESHES[request.param], calls)
-    return {name: [rank[name] for rank in found] for name in folders}
+@pytest.fixture(scope="module")
+def together(folders, tmp_path_factory) -> Callable[[str, str], list[dict[str, Any]]]:
+    """(mesh, family) -> what each of four ranks finds; a mesh is launched once for all its families."""
+
+    @cache
+    def of(mesh: str) -> list[dict[str, Any]]:
+        calls = [[name, folders[name], losses_of(name)] for at, name in CASES if at == mesh]
+        return launch("sharded_runs:run_all", tmp_path_factory.mktemp(mesh), MESHES[mesh], calls)
+
+    return lambda mesh, family: [rank[family] for rank in of(mesh)]
 
 
 def losses_of(name: str) -> list[str]:
@@ -71,17 +83,17 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * largest + 1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_mesh_computes_what_one_rank_computes(family: str, alone, together):
-    expected, found = alone[family], together[family][0]
+@pytest.mark.parametrize(("mesh", "family"), CASES)
+def test_a_mesh_computes_what_one_rank_computes(mesh: str, family: str, alone, together):
+    expected, found = alone[family], together(mesh, family)[0]
     for name in ("logits", "logprobs", "entropy", "scores"):
         same(found[name], expected[name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_their_norm_and_metrics_are_those_of_one_rank(family: str, alone, together):
+@pytest.mark.parametrize(("mesh", "family"), CASES)
+def test_gradients_their_norm_and_metrics_are_those_of_one_rank(mesh: str, family: str, alone, together):
     for loss in losses_of(family):
-        expected, found = alone[family][loss], together[family][0][loss]
+        expected, found = alone[family][loss], together(mesh, family)[0][loss]
         assert found["metrics"] == pytest.approx(expected["metrics"], rel=TOLERANCE)
         used = {name for name, value in found["gradient"].items() if value.any()}
         assert used == {name for name, value in expected["gradient"].items() if value.any()}
@@ -92,9 +104,9 @@ def test_gradients_their_norm_and_metrics_are_those_of_one_rank(family: str, alo
         assert float(found["clipped"]) == pytest.approx(0.1, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_three_steps_lead_to_the_weights_of_one_rank(family: str, alone, together):
-    expected, ranks = alone[family], together[family]
+@pytest.mark.parametrize(("mesh", "family"), CASES)
+def test_three_steps_lead_to_the_weights_of_one_rank(mesh: str, family: str, alone, together):
+    expected, ranks = alone[family], together(mesh, family)
     for ours in ranks:
         for step, theirs in zip(ours["steps"], expected["steps"], strict=True):
             assert step == pytest.approx(theirs, rel=TOLERANCE)
@@ -106,8 +118,8 @@ def test_three_steps_lead_to_the_weights_of_one_rank(family: str, alone, togethe
     torch.testing.assert_close(found["logprobs_after"], expected["logprobs_after"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_rank_holds_a_parameter_whole(family: str, alone, together):
+@pytest.mark.parametrize(("mesh", "family"), CASES)
+def test_no_rank_holds_a_parameter_whole(mesh: str, family: str, alone, together):
     for name, whole in alone[family]["held"].items():
-        sizes = [torch.Size(rank["held"][name]).numel() for rank in together[family]]
+        sizes = [torch.Size(rank["held"][name]).numel() for rank in together(mesh, family)]
         assert max(sizes) < torch.Size(whole).numel() or whole[0] == 1, f"{name} is not sharded"
