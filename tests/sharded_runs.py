@@ -13,9 +13,10 @@ from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
-from posttrain.model.collectives import full
+from posttrain.model.collectives import fill, full
 from posttrain.model.forward import forward, logits, loss_sum
 from posttrain.model.load import load_decoder
+from posttrain.model.lora import LoRA, adapters, add_lora, reset_adapters
 from posttrain.model.losses.dpo import DPOLoss
 from posttrain.model.losses.reward import BradleyTerryLoss
 from posttrain.model.losses.sft import SFTLoss
@@ -50,9 +51,17 @@ def run(ranks: Ranks, folder: str, sizes: dict[str, int], losses: list[str], lor
     mesh = None
     if ranks.world_size > 1:
         mesh = make_mesh(Sizes(**sizes), world=ranks.world_size, device_type="cpu")
-    model = load_decoder(
-        folder, heads={"score": 1}, seed=3, place=None if mesh is None else lambda model: place(model, mesh)
-    )
+
+    def prepare(model) -> None:
+        if lora:
+            add_lora(model, LoRA(rank=2, targets=("all-linear",)), seed=5)
+        if mesh is not None:
+            place(model, mesh)
+
+    model = load_decoder(folder, heads={"score": 1}, seed=3, place=prepare)
+    reset_adapters(model)
+    for number, (_, _, adapter) in enumerate(adapters(model)):  # they start at zero, where half of them has no gradient
+        fill(adapter.b, 0.1 * torch.randn(adapter.b.shape, generator=torch.Generator().manual_seed(number)))
     share = slice(None) if mesh is None else slice(mesh.sizes.data_rank(ranks.rank), None, mesh.sizes.data)
     found: dict[str, Any] = {"held": {name: tuple(held(p).shape) for name, p in model.named_parameters()}}
     packs = packs_of(0, model.config.vocab_size)
@@ -99,4 +108,4 @@ def held(parameter: Tensor) -> Tensor:
 
 def run_all(ranks: Ranks, sizes: dict[str, int], calls: list[list[Any]]) -> dict[str, Any]:
     """run() for every [name, folder, losses]."""
-    return {name: run(ranks, folder, sizes, losses) for name, folder, losses in calls}
+    return {name: run(ranks, folder, sizes, losses, lora=name.startswith("lora")) for name, folder, losses in calls}

@@ -144,13 +144,18 @@ class MoE(nn.Module):
         Args:
             coming: [ranks, experts held] int64, how many of each.
         """
+        empty = not len(rows)
+        if empty:  # grouped_mm has no gradient of nothing, and FSDP reduces one of every rank: a row of zeros
+            rows, coming = F.pad(rows, (0, 0, 0, 1)), coming.clone()
+            coming[0, 0] = 1
         ranks, held = coming.shape
         experts = torch.arange(held, device=rows.device).repeat(ranks)
         experts = experts.repeat_interleave(coming.flatten(), output_size=len(rows))
         order = experts.argsort(stable=True)
         back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=rows.device))
         ends = coming.sum(0).cumsum(0).to(torch.int32)
-        return _Permute.apply(self.experts(_Permute.apply(rows, order, back), experts[order], ends), back, order)
+        out = _Permute.apply(self.experts(_Permute.apply(rows, order, back), experts[order], ends), back, order)
+        return out[:0] if empty else out
 
 
 class _Permute(torch.autograd.Function):
