@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from posttrain.compute.mesh import Sizes
@@ -46,9 +47,13 @@ def hardware(parallel: Parallel) -> Hardware:
             "threads": max(1, cores // ranks_per_node),
         },
         generator={"num_cpus": 1, "num_gpus": 0 if not gpus else 1 if alone else 0.4, "threads": cores},
-        sizes=Sizes(data=parallel.data_ranks, tensor=parallel.tensor),
-        sizes_on_one_node=Sizes(
-            data=min(parallel.data_ranks, gpus // parallel.tensor or parallel.data_ranks), tensor=parallel.tensor
-        ),
+        sizes=Sizes(data=parallel.data_ranks, tensor=parallel.tensor, expert=parallel.expert),
+        sizes_on_one_node=_on_one_node(parallel),
         data_workers=workers,
     )
+
+
+def _on_one_node(parallel: Parallel) -> Sizes:
+    """Fewer data ranks where one node has not the GPUs, and experts shared among as many of them as divide both."""
+    data = min(parallel.data_ranks, parallel.gpus_per_node // parallel.tensor or parallel.data_ranks)
+    return Sizes(data=data, tensor=parallel.tensor, expert=gcd(data, parallel.expert))

@@ -94,8 +94,8 @@ def _check_model(config: RunConfig) -> list[str]:
 
 def _check_split(config: RunConfig) -> list[str]:
     """Whether the ranks can share the model's matrices; of a hub id that is not fetched yet, each rank will tell."""
-    tensor, fresh = config.parallel.tensor, config.model.fresh
-    if tensor == 1:
+    tensor, expert, fresh = config.parallel.tensor, config.parallel.expert, config.model.fresh
+    if tensor == expert == 1:
         return []
     from posttrain.model.build import fresh_config
     from posttrain.model.families import decoder_config
@@ -108,7 +108,7 @@ def _check_split(config: RunConfig) -> list[str]:
         shape = read_config(str(Path(config.model.path).expanduser()))
     else:
         return []
-    return unfit(decoder_config(shape), tensor=tensor)
+    return unfit(decoder_config(shape), tensor=tensor, expert=expert)
 
 
 def _check_devices(config: RunConfig) -> list[str]:

@@ -141,6 +141,8 @@ class Parallel(Section):
     """Data-parallel policy ranks, over all nodes; auto is as many as the GPUs allow, one on CPUs."""
     tensor: int = Field(default=1, ge=1)
     """Ranks that share every matrix of a block, for each data-parallel rank; they should be GPUs of one node."""
+    expert: int = Field(default=1, ge=1)
+    """Data-parallel ranks that share the experts of a mixture-of-experts model."""
     nodes: int = Field(default=1, ge=1)
     """Machines of the train step."""
     gpus_per_node: int = Field(default=0, ge=0)
@@ -255,8 +257,14 @@ class RunConfig(Section):
                 f"parallel.tensor = {parallel.tensor} exceeds parallel.gpus_per_node = {parallel.gpus_per_node}: "
                 "ranks that share matrices must be on one node"
             )
-        if parallel.tensor > 1 and self.model.backend == "transformers":
+        if max(parallel.tensor, parallel.expert) > 1 and self.model.backend == "transformers":
             problems.append(
-                "parallel.tensor > 1 splits posttrain's own decoder only; set it to 1, or model.backend: posttrain"
+                "parallel.tensor and parallel.expert split posttrain's own decoder only; set both to 1, or "
+                "model.backend: posttrain"
+            )
+        if parallel.data_ranks % parallel.expert:
+            problems.append(
+                f"parallel.expert = {parallel.expert} does not divide parallel.data = {parallel.data_ranks}: "
+                "experts are shared among data-parallel ranks"
             )
         return problems

@@ -91,7 +91,7 @@ class PolicyRank:
         self.model_uri, self.training, self.has_reference = model_uri, training, reference
         self.backend = backend_of(backend)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        split = sizes.world > sizes.data
+        split = sizes.world > sizes.data or sizes.expert > 1
         # Small models on CPUs are held whole: a gather and a reduce for every block would take longer than the block.
         self.sharded = split or (sizes.world > 1 and self.device.type == "cuda" and backend == "posttrain")
 

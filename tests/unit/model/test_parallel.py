@@ -85,3 +85,11 @@ def test_experts_that_cannot_be_dealt_out_are_refused():
 def test_dora_is_refused_where_rows_are_cut():
     (line,) = unfit(decoder_config(QWEN3_0P6B), tensor=2, dora=True)
     assert "DoRA" in line and unfit(decoder_config(QWEN3_0P6B), tensor=2) == []
+
+
+def test_experts_are_dealt_out_by_one_rule_only():
+    config = random_config("qwen3_moe", 0) | {"num_attention_heads": 8, "num_key_value_heads": 4, "num_experts": 4}
+    config = decoder_config(config | {"mlp_only_layers": [], "decoder_sparse_step": 1})
+    assert unfit(config, tensor=1, expert=4) == []
+    assert "3 does not divide the model's 4 experts" in unfit(config, tensor=1, expert=3)[0]
+    assert "both deal out the experts" in unfit(config, tensor=2, expert=2)[0]
