@@ -87,7 +87,8 @@ class Decoder(nn.Module):
         """Compile every block by itself: one graph serves all layers of a kind, and a step's shapes never change it."""
         self._compiled = True
         for layer in self.layers:
-            layer.compile(fullgraph=True, dynamic=False)
+            apart = isinstance(layer.mlp, MoE) and layer.mlp.expert is not None  # its shapes follow the routing
+            layer.compile(fullgraph=not apart, dynamic=False)
 
     def forward(self, batch: Batch) -> Tensor:
         """Final hidden states [T, hidden], normed, in the parameters' dtype.
