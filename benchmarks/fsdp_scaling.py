@@ -67,8 +67,9 @@ def be_rank(rank: int, ranks: int, uri: str, options: dict[str, Any], pipe: Any)
     import torch
 
     from posttrain.compute.collective import MeetingPoint
+    from posttrain.compute.mesh import Sizes
     from posttrain.model.losses.sft import SFTLoss
-    from posttrain.workflow.policy import PolicyRank, Training
+    from posttrain.workflow.policy_rank import PolicyRank, Training
 
     training = Training(
         num_steps=100,
@@ -82,7 +83,7 @@ def be_rank(rank: int, ranks: int, uri: str, options: dict[str, Any], pipe: Any)
         activation_checkpointing=options["activation_checkpointing"],
     )
     made = PolicyRank(
-        rank=rank, world_size=ranks, model_uri=uri, backend="posttrain", training=training, reference=False
+        rank=rank, sizes=Sizes(data=ranks), model_uri=uri, backend="posttrain", training=training, reference=False
     )
     if rank == 0:
         made.meeting = MeetingPoint("127.0.0.1")

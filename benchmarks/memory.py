@@ -54,8 +54,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
     from benchmarks.fsdp_scaling import write_model
     from posttrain.compute.collective import MeetingPoint
+    from posttrain.compute.mesh import Sizes
     from posttrain.model.losses.sft import SFTLoss
-    from posttrain.workflow.policy import PolicyRank, Training
+    from posttrain.workflow.policy_rank import PolicyRank, Training
 
     settings = {
         "num_steps": 100,
@@ -74,7 +75,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         uri = write_model(Path(folder), case["size"], "cuda")
         torch.cuda.empty_cache()
         rank = PolicyRank(
-            rank=0, world_size=1, model_uri=uri, backend="posttrain", training=Training(**settings), reference=False
+            rank=0,
+            sizes=Sizes(data=1),
+            model_uri=uri,
+            backend="posttrain",
+            training=Training(**settings),
+            reference=False,
         )
         rank.meeting = MeetingPoint("127.0.0.1")
         rank.join(rank.meeting.address, 300.0)

@@ -139,7 +139,7 @@ class PostTrainFlow(FlowSpec):
         from steps.train import train
 
         plan = self.cfg.warmup
-        facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.data} ranks", f"run {current.run_id}"]
+        facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.ranks} ranks", f"run {current.run_id}"]
         cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, view=SFT)] if plan else []
         uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
         uris["teacher_uri"] = self.teacher_uri

@@ -21,7 +21,7 @@ class GRPOFlow(PostTrainFlow):
             f"{config.rollout.prompts_per_step} prompts x {config.method.group_size} completions a step",
             f"seed {config.seed}",
             f"lr {config.optim.lr:g}",
-            f"{config.parallel.data} policy ranks",
+            f"{config.parallel.ranks} policy ranks",
             f"run {current.run_id}",
         ]
         card = TrainingCard("GRPO", facts, num_steps=config.optim.num_steps, view=GRPO)

@@ -214,7 +214,7 @@ def _setup(config: RunConfig, stages: list[Stage], gpus: int | None) -> Setup:
     tensor, context = (getattr(parallel, name, 1) for name in ("tensor", "context"))
     if gpus is not None and gpus < tensor * context:
         raise ConfigError(f"--gpus {gpus}: parallel.tensor x parallel.context = {tensor * context} GPUs are one rank")
-    ranks = parallel.data if gpus is None else gpus // (tensor * context)
+    ranks = parallel.data_ranks if gpus is None else gpus // (tensor * context)
     asked = _config_gpus(config) if gpus is None else gpus
     share = max(stage.loss_share for stage in stages)
     return Setup(

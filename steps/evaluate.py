@@ -73,7 +73,7 @@ async def _measure(
 ) -> dict[str, float]:
     """The recipe's own measures of one model on data.held_out."""
     policy = await Policy.launch(
-        ranks=resources.ranks_on_one_node,
+        sizes=resources.sizes_on_one_node,
         model_uri=uri,
         backend=config.model.backend,
         training=training_of(config, config.method.name),

@@ -16,7 +16,8 @@ from posttrain.workflow.controller import Controller, Plan
 from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
-from posttrain.workflow.policy import Policy, Training
+from posttrain.workflow.policy import Policy
+from posttrain.workflow.policy_rank import Training
 from posttrain.workflow.stopping import StopSignal
 from steps.hardware import hardware
 from steps.sampling import rollout_parts
@@ -58,7 +59,7 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
     assert isinstance(method, GRPO), "the flow has refused any other"
     parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
     policy = await Policy.launch(
-        ranks=config.parallel.data,
+        sizes=resources.sizes,
         model_uri=model_uri,
         backend=config.model.backend,
         training=Training(**optim.model_dump(), pack_tokens=config.data.pack_tokens),

@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import dataclass
+from math import gcd
 
+from posttrain.compute.mesh import Sizes
 from posttrain.compute.pool import Pool
 from posttrain.config import Parallel
 
@@ -15,8 +17,10 @@ class Hardware:
     """What each node offers Ray."""
     policy: Pool
     generator: Pool
-    ranks_on_one_node: int
-    """Policy ranks of a step that runs on a single node, whatever `parallel.nodes` is."""
+    sizes: Sizes
+    """Of the policy's mesh."""
+    sizes_on_one_node: Sizes
+    """Of a step that runs on a single node, whatever `parallel.nodes` is."""
     data_workers: int
     """CPU actors that tokenise and pack ahead; 0 leaves that to a thread of the driver."""
 
@@ -31,8 +35,8 @@ def hardware(parallel: Parallel) -> Hardware:
     local = parallel.backend == "local"
     cores = (os.cpu_count() or 1) if local else parallel.cpus_per_node
     gpus = parallel.gpus_per_node
-    ranks_per_node = -(-parallel.data // parallel.nodes)
-    alone = gpus * parallel.nodes > parallel.data
+    ranks_per_node = -(-parallel.ranks // parallel.nodes)
+    alone = parallel.gpus > parallel.ranks
     # One worker makes 0.6 M tokens/s and more (benchmarks/tokenize_pack.py); a GPU trains a 0.6B model at 0.1 M.
     workers = -(-gpus // 4)
     return Hardware(
@@ -44,6 +48,13 @@ def hardware(parallel: Parallel) -> Hardware:
             placement="PACK" if gpus else "SPREAD",  # GPUs of a node talk over NVLink; cores are for sharing the work
         ),
         generator=Pool(gpus=0 if not gpus else 1 if alone else 0.4, threads=cores, orchestrator=parallel.orchestrator),
-        ranks_on_one_node=min(parallel.data, gpus or parallel.data),
+        sizes=Sizes(data=parallel.data_ranks, tensor=parallel.tensor, expert=parallel.expert),
+        sizes_on_one_node=_on_one_node(parallel),
         data_workers=workers,
     )
+
+
+def _on_one_node(parallel: Parallel) -> Sizes:
+    """Fewer data ranks where one node has not the GPUs, and experts shared among as many of them as divide both."""
+    data = min(parallel.data_ranks, parallel.gpus_per_node // parallel.tensor or parallel.data_ranks)
+    return Sizes(data=data, tensor=parallel.tensor, expert=gcd(data, parallel.expert))

@@ -36,7 +36,15 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
         ConfigError: lists everything that does not resolve.
     """
     problems: list[str] = []
-    for check in (_check_plugins, _check_sources, _check_models, _check_gate, _check_devices, _check_memory):
+    for check in (
+        _check_plugins,
+        _check_sources,
+        _check_models,
+        _check_split,
+        _check_gate,
+        _check_devices,
+        _check_memory,
+    ):
         problems += check(config)
     runs = flow.removesuffix("Flow").lower()
     if runs in RECIPES and runs != config.method.name:
@@ -132,6 +140,25 @@ def _check_gate(config: RunConfig) -> list[str]:
         for name in config.eval.gate
         if name not in known
     ]
+
+
+def _check_split(config: RunConfig) -> list[str]:
+    """Whether the ranks can share the model's matrices; of a hub id that is not fetched yet, each rank will tell."""
+    tensor, expert, fresh = config.parallel.tensor, config.parallel.expert, config.model.fresh
+    if tensor == expert == 1:
+        return []
+    from posttrain.model.build import fresh_config
+    from posttrain.model.families import decoder_config
+    from posttrain.model.load import read_config
+    from posttrain.model.parallel import unfit
+
+    if fresh is not None:
+        shape = fresh_config(**fresh.model_dump(), mlp_size=4 * fresh.hidden_size, max_length=config.data.pack_tokens)
+    elif config.model.path and not _check_models(config) and not config.model.revision:
+        shape = read_config(str(Path(config.model.path).expanduser()))
+    else:
+        return []
+    return unfit(decoder_config(shape), tensor=tensor, expert=expert)
 
 
 def _check_devices(config: RunConfig) -> list[str]:

@@ -10,8 +10,8 @@ from posttrain.model.losses.dpo import DPOLoss
 from posttrain.model.losses.reward import BradleyTerryLoss, PointwiseLoss
 from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.measures import LABELS, NOT_JUDGED, REWARDS
-from posttrain.workflow.policy import Training
 from posttrain.workflow.policy_model import Build
+from posttrain.workflow.policy_rank import Training
 
 WARMUP = "warmup"
 """The stage before the recipe proper; the recipe's own is called as the method."""

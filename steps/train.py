@@ -21,7 +21,8 @@ from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.loop import LoopPlan
 from posttrain.workflow.loop import train as run_loop
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
-from posttrain.workflow.policy import Policy, Training
+from posttrain.workflow.policy import Policy
+from posttrain.workflow.policy_rank import Training
 from posttrain.workflow.stopping import StopSignal
 from steps.annotate import annotate, needs_reference
 from steps.hardware import Hardware, hardware
@@ -154,7 +155,7 @@ def held_out_packs(config: RunConfig, tokens_uri: str) -> list[Pack]:
 async def _launch(config: RunConfig, inputs: Inputs, training: Training, resources: Hardware) -> Policy:
     recipe = inputs.stage != WARMUP
     return await Policy.launch(
-        ranks=config.parallel.data if recipe else resources.ranks_on_one_node,
+        sizes=resources.sizes if recipe else resources.sizes_on_one_node,
         model_uri=inputs.model_uri,
         backend=config.model.backend,
         training=training,

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from posttrain.config_data import Data, DataSource
 from posttrain.config_method import DPO, GRPO, SFT, Distill, Method, RewardModel
 from posttrain.config_model import FreshModel, LoRA, Model, Origin
+from posttrain.config_parallel import Parallel
 from posttrain.config_section import Plugin, Section
 
 __all__ = [
@@ -106,30 +107,6 @@ class Reward(Section):
             state = "both are" if self.function else "neither is"
             raise ValueError(f"set exactly one of function and model ({state} set); null drops one that the base has")
         return self
-
-
-class Parallel(Section):
-    """Where and on how much the run executes."""
-
-    backend: Literal["local", "kubernetes", "batch"] = "local"
-    """Where Metaflow runs the steps."""
-    orchestrator: Literal["ray", "verl"] = "ray"
-    """Who starts policy ranks and generators and carries calls to them: Ray's actors, or the worker groups of verl's
-    single_controller; the results are the same to the bit."""
-    data: int = Field(default=2, ge=1)
-    """Data-parallel policy ranks, over all nodes."""
-    nodes: int = Field(default=1, ge=1)
-    """Machines of the train step."""
-    gpus_per_node: int = Field(default=0, ge=0)
-    """0 runs on CPUs."""
-    cpus_per_node: int = Field(default=2, ge=1)
-    """Requested from Kubernetes or Batch; on a laptop every core is used."""
-    memory_gib: int = Field(default=8, ge=1)
-    """Per node."""
-    image: str | None = None
-    """Container image with posttrain's dependencies."""
-    queue: str | None = None
-    """AWS Batch job queue."""
 
 
 class Checkpoint(Section):
@@ -250,10 +227,10 @@ class RunConfig(Section):
                 f"method.overlong_tokens = {self.method.overlong_tokens} is more than rollout.max_new_tokens = "
                 f"{self.rollout.max_new_tokens}"
             )
-        if self.method.name == "grpo" and self.rollout.prompts_per_step % self.parallel.data:
+        if self.method.name == "grpo" and self.rollout.prompts_per_step % self.parallel.data_ranks:
             problems.append(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not divisible by parallel.data = "
-                f"{self.parallel.data}; choose a multiple, so that the ranks share a step evenly"
+                f"{self.parallel.data_ranks}; choose a multiple, so that the ranks share a step evenly"
             )
         if self.method.name == "grpo" and self.eval.prompts is not None:
             problems.append("eval.prompts: RL is evaluated on data.held_out; remove eval.prompts")
@@ -268,10 +245,7 @@ class RunConfig(Section):
         return problems
 
     def _of_hardware(self) -> list[str]:
-        problems = []
-        gpus = self.parallel.nodes * self.parallel.gpus_per_node
-        if gpus and self.parallel.data > gpus:
-            problems.append(f"parallel.data = {self.parallel.data} ranks need as many GPUs; the run asks for {gpus}")
+        problems = self.parallel.unfit(backend=self.model.backend, adapters=self.model.lora is not None)
         if self.parallel.backend != "local" and not (self.checkpoint.root or "").startswith("s3://"):
             problems.append(
                 f"parallel.backend = {self.parallel.backend} runs every step in a container of its own; "

@@ -12,11 +12,12 @@ import torch
 from actors import tiny_engine
 from posttrain import storage
 from posttrain.compute.collective import MeetingPoint, Ranks
+from posttrain.compute.mesh import Sizes
 from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.model.losses.sft import SFTLoss
-from posttrain.workflow.policy import PolicyRank, Training
+from posttrain.workflow.policy_rank import PolicyRank, Training
 from tiny import tiny_model
 from tiny_families import random_config, random_model
 
@@ -59,7 +60,9 @@ def rank_of(folder: str, **settings) -> PolicyRank:
         pack_tokens=256,
         **settings,
     )
-    rank = PolicyRank(rank=0, world_size=1, model_uri=folder, backend="posttrain", training=training, reference=False)
+    rank = PolicyRank(
+        rank=0, sizes=Sizes(data=1), model_uri=folder, backend="posttrain", training=training, reference=False
+    )
     rank.meeting = MeetingPoint("127.0.0.1")  # rank.address() asks Ray, which a bare GPU machine need not have
     rank.join("", 60.0)
     return rank

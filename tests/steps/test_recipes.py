@@ -11,7 +11,7 @@ from posttrain.errors import DataError
 from posttrain.model.load import load_decoder, read_config
 from posttrain.model.losses import count
 from posttrain.workflow.ledger_file import read_ledger
-from posttrain.workflow.policy import PolicyRank
+from posttrain.workflow.policy_rank import PolicyRank
 from runs import Prepared, metrics, prepared, recipe_config, result_of, run_step
 from steps.audit import audit
 from steps.prepare import check_same_tokens, prepare

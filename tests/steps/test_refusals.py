@@ -80,3 +80,11 @@ def test_a_refused_plan_leaves_nothing(tmp_path: Path):
 def test_a_hub_revision_is_a_full_commit():
     with pytest.raises(ConfigError, match=r"model\.revision: write the full commit, 40 hex digits"):
         small_config(**{"model.fresh": None, "model.path": "Qwen/Qwen3-0.6B", "model.revision": "main"})
+
+
+def test_a_model_whose_heads_the_ranks_cannot_share_is_refused(tmp_path: Path):
+    changes = {"parallel.data": 2, "parallel.tensor": 4, "checkpoint.root": str(tmp_path / "runs")}
+    with pytest.raises(ConfigError, match=r"parallel\.tensor = 4 does not divide the model's 2 key and value heads"):
+        plan(small_config(**changes), flow="F", run_id="1")
+    with pytest.raises(ConfigError, match=r"parallel\.expert = 2 splits experts, and the model has none"):
+        plan(small_config(**changes | {"parallel.tensor": 1, "parallel.expert": 2}), flow="F", run_id="1")

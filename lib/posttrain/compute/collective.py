@@ -1,4 +1,4 @@
-"""Sums over the ranks of one training job. With one rank nothing is sent."""
+"""Sums over the ranks of one training job, and the norm of a gradient. With one rank nothing is sent."""
 
 import os
 import socket
@@ -8,7 +8,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 
 class MeetingPoint:
@@ -63,15 +65,16 @@ class Ranks:
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace the gradient of all that is trained by its sum over the ranks, in one message; an absent one is zero.
 
-        A sum, not a mean: the loss is already divided by the global token count.
+        A sum, not a mean: the loss is already divided by the global token count. A sharded parameter's gradient is
+        that sum already: FSDP2 makes it in the backward (compute/shard.py).
         """
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.world_size == 1:
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        if self.world_size == 1 or not gradients:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -80,3 +83,38 @@ class Ranks:
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a global norm of `max_norm`, in place; the norm they had, a scalar on their device.
+
+    Right for whole tensors and for DTensors of any mesh, side by side: each element counts once. The ranks call it
+    together where any is sharded, and all get the same number; the host does not wait for it.
+    """
+    by_axes: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = {}
+    gradients: list[Tensor] = []
+    for gradient in (parameter.grad for parameter in parameters):
+        if gradient is None:
+            continue
+        axes, held = (), gradient
+        if isinstance(gradient, DTensor):
+            assert not any(p.is_partial() for p in gradient.placements), "a gradient that is not summed has no norm"
+            placements = enumerate(gradient.placements)
+            axes = tuple((gradient.device_mesh, dim) for dim, p in placements if not p.is_replicate())
+            held = gradient.to_local()
+        by_axes.setdefault(axes, []).append(held)
+        gradients.append(held)
+    norms = []
+    for axes, held in by_axes.items():
+        norm = nn.utils.get_total_norm(held)
+        if axes:
+            norm = norm.square()
+            for mesh, dim in axes:
+                dist.all_reduce(norm, group=mesh.get_group(dim))
+            norm = norm.sqrt()
+        norms.append(norm)
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_'s own guard
+    torch._foreach_mul_(gradients, factor)
+    return total

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from posttrain import faults
-from posttrain.compute.collective import Ranks
+from posttrain.compute.collective import Ranks, clip_grad_norm
 from posttrain.compute.master import Masters
 from posttrain.compute.step_timer import StepTimer
 from posttrain.data.types import Batch
@@ -65,12 +65,15 @@ class Engine:
         loss_fn: Any,
         *,
         denominator: float,
+        repeats: int = 0,
         timer: StepTimer | None = None,
     ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics but the times are global, equal on all ranks.
 
         Args:
-            batches: this rank's share; may be empty, its gradient is then zero.
+            batches: this rank's share; may be empty, its gradient is then zero. Ranks of a sharded model must have
+                equally many, as each gathers its parameters with all others.
+            repeats: so many of the last are another's, taken along for that reason; they count nothing.
             loss_fn: what loss_sum reads; see model/losses.
             denominator: loss tokens of the global batch, over all ranks and micro-batches.
             timer: one that began before, with what led to the step.
@@ -84,15 +87,16 @@ class Engine:
         """
         timer = timer or StepTimer(self.ranks.device)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            loss, metrics = self._functions.loss_sum(self.model, batch, loss_fn, scale=1 / denominator)
+        for number, batch in enumerate(batches):
+            counts = number < len(batches) - repeats
+            loss, metrics = self._functions.loss_sum(self.model, batch, loss_fn, scale=counts / denominator)
             timer.mark("forward")
             loss.backward()
             timer.mark("backward")
-            for name, value in metrics.items():
+            for name, value in metrics.items() if counts else ():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
         self.ranks.sum_gradients(self._stepped_on)
-        total = nn.utils.clip_grad_norm_(self._stepped_on, self.max_grad_norm)
+        total = clip_grad_norm(self._stepped_on, self.max_grad_norm)
         timer.mark("reduce")
         # The one place of a step where the host waits for the device.
         norm, *read = torch.stack([total.double(), *sums.values()]).tolist()
@@ -113,12 +117,14 @@ class Engine:
         return means | {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]} | timer.metrics()
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], loss_fn: Any, *, denominator: float) -> dict[str, float]:
+    def evaluate(
+        self, batches: Sequence[Batch], loss_fn: Any, *, denominator: float, repeats: int = 0
+    ) -> dict[str, float]:
         """The metrics that train_step() would have, of batches that are not trained on."""
         sums: dict[str, Tensor] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches):
             _, metrics = self._functions.loss_sum(self.model, batch, loss_fn, scale=1.0)
-            for name, value in metrics.items():
+            for name, value in metrics.items() if number < len(batches) - repeats else ():
                 sums[name] = sums.get(name, 0.0) + value.double()
         read = torch.stack(list(sums.values())).tolist() if sums else []
         return self._global_means(dict(zip(sums, read, strict=True)), denominator)

@@ -18,6 +18,7 @@ from posttrain.data.types import Batch
 from posttrain.model.attention_flash import flash_attention
 from posttrain.model.attention_flex import block_mask, flex
 from posttrain.model.attention_rows import rows_attention
+from posttrain.model.collectives import Group, copy_in, local
 from posttrain.model.families import DecoderConfig
 from posttrain.model.layers import Linear, RMSNorm, joint
 from posttrain.model.rope import rotate
@@ -108,10 +109,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, **norm) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, **norm) if config.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.sinks else None
+        self.tensor: Group | None = None
+        """Ranks that hold the other heads (model/parallel.py)."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         heads = (x.shape[0], -1, self.head_dim)
+        x = copy_in(x, self.tensor)
         q, k, v = (part.reshape(heads) for part in joint(x, (self.q_proj, self.k_proj, self.v_proj)))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = attend(q, k, v, layout, window=self.window, scale=self.scale, sinks=self.sinks)
+        sinks = None if self.sinks is None else local(self.sinks)
+        out = attend(q, k, v, layout, window=self.window, scale=self.scale, sinks=sinks)
         return self.o_proj(out.reshape(x.shape[0], -1))

@@ -6,6 +6,7 @@ from torch._functorch import config as functorch_config
 
 from posttrain.data.types import Batch
 from posttrain.model.attention import Attention, Layout, default_backend
+from posttrain.model.collectives import Group, copy_in, shared
 from posttrain.model.families import DecoderConfig
 from posttrain.model.heads import make_head
 from posttrain.model.layers import MLP, Embedding, Linear, RMSNorm
@@ -65,6 +66,8 @@ class Decoder(nn.Module):
         self.heads = nn.ModuleDict(
             {name: make_head(spec, config.hidden_size, name=name) for name, spec in config.heads.items()}
         )
+        self.tensor: Group | None = None
+        """Ranks that share every block, and the rows that carry loss (model/parallel.py)."""
         self._compiled, self._recompute = False, "none"
         self._frequencies: dict[tuple[Rope, torch.device], Tensor] = {}
         self.tie()
@@ -93,10 +96,14 @@ class Decoder(nn.Module):
             functorch_config.activation_memory_budget = 0.5
             self._recompute = "none"  # the compiler does it
         for layer in self.layers:
-            layer.compile(fullgraph=True, dynamic=False)
+            apart = isinstance(layer.mlp, MoE) and layer.mlp.expert is not None  # its shapes follow the routing
+            layer.compile(fullgraph=not apart, dynamic=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Final hidden states [T, hidden], normed, in the parameters' dtype."""
+        """Final hidden states [T, hidden], normed, in the parameters' dtype.
+
+        Ranks that share blocks all have them; the gradient that each gives back is its own part of a sum.
+        """
         config, weight = self.config, self.embedding.weight
         layout = Layout.of(
             batch,
@@ -104,10 +111,10 @@ class Decoder(nn.Module):
             windows=set(config.windows),
         )
         tables = {rope: self._tables(rope, batch.position_ids) for rope in set(config.ropes)}
-        x = self.embedding(batch.input_ids)
+        x = shared(self.embedding(batch.input_ids), self.tensor)
         for layer, rope in zip(self.layers, config.ropes, strict=True):
             x = run_block(layer, x, *tables[rope], layout, mode=self._recompute)
-        return self.norm(x)
+        return self.norm(copy_in(x, self.tensor))
 
     def _tables(self, rope: Rope, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         key = (rope, position_ids.device)

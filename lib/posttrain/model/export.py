@@ -98,6 +98,13 @@ def export_model(
     return {"architecture_sha256": architecture, **written, "vocab_size": model.config.vocab_size}
 
 
+def join_export(model: nn.Module) -> None:
+    """What the other ranks of a sharded model do while rank 0 is in export_model(): gather with it, in its order."""
+    write_heads(model, None)
+    for _ in hf_tensors(model):
+        pass
+
+
 def copy_description(like: str | Path, folder: str | Path) -> None:
     """Copy config, tokenizer and template files into `folder`, which is made if it is not there."""
     Path(folder).mkdir(parents=True, exist_ok=True)

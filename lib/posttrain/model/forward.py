@@ -1,13 +1,15 @@
 """Batch -> what the losses read, and the loss itself. Only rows that carry loss meet the LM head."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from posttrain.data.types import Batch
+from posttrain.model.collectives import Group, gather_rows
 from posttrain.model.decoder import Decoder
 from posttrain.model.head import Head, divergence_loss, logprobs_and_entropy, row_loss
 from posttrain.model.losses import Loss
@@ -34,14 +36,17 @@ def forward(model: Decoder, batch: Batch, *, temperature: float = 1.0, with_logp
             the sampler's; 1 for everything but rollouts.
         with_logprobs: off where only the score heads are wanted; the LM head is then not applied.
     """
-    hidden = model(batch)
+    hidden, group = model(batch), _group(model)
     scores = _scores(model, hidden, batch)
     if model.output_head is None or not with_logprobs:
         empty = hidden.new_empty(0, dtype=torch.float32)
+        _release(model)
         return Output(logprobs=empty, entropy=empty, scores=scores)
-    head = Head(vocab_size=model.config.vocab_size, temperature=temperature)
-    logprobs, entropy = logprobs_and_entropy(hidden[batch.loss_idx], model.output_head.weight, _targets(batch), head)
-    return _output(logprobs, entropy, scores)
+    head, count = Head(vocab_size=model.config.vocab_size, temperature=temperature), len(batch.loss_idx)
+    part = batch if group is None else batch.rows(group.share(count))
+    logprobs, entropy = logprobs_and_entropy(hidden[part.loss_idx], model.output_head.weight, _targets(part), head)
+    _release(model)
+    return _output(gather_rows(logprobs, group, count), gather_rows(entropy, group, count), scores)
 
 
 def loss_sum(
@@ -52,12 +57,20 @@ def loss_sum(
 
     A loss that reads tokens, one row at a time, gets its gradients in this forward pass, so backward() must be
     called on what is returned, and on nothing made from it.
+
+    Ranks that share the model share the rows too: metric sums are one rank's part, to be summed over all ranks.
     """
+    group = _group(model)
     if loss_fn.reads in ("scores", "documents"):
         output = forward(model, batch, temperature=loss_fn.temperature, with_logprobs=loss_fn.reads == "documents")
         loss, metrics = loss_fn(output, batch)
-        return scale * loss, {"loss": loss.detach(), **metrics}
+        copies = 1 if group is None else group.size  # each makes the loss whole, from rows that it gathered
+        return scale * loss, {name: value / copies for name, value in {"loss": loss.detach(), **metrics}.items()}
     assert model.output_head is not None, f"a loss that reads {loss_fn.reads} needs an LM head"
+    if group is not None:
+        rows = group.share(len(batch.loss_idx))
+        batch = batch.rows(rows)
+        teacher = teacher and replace(teacher, hidden=teacher.hidden[rows])
     hidden, weight = model(batch)[batch.loss_idx], model.output_head.weight
     weight = weight if torch.is_grad_enabled() else weight.detach()  # evaluation makes no gradients on the way
     head = Head(vocab_size=model.config.vocab_size, temperature=loss_fn.temperature)
@@ -65,15 +78,31 @@ def loss_sum(
     if loss_fn.reads == "teacher":
         assert teacher is not None, "a loss that reads a teacher needs one"
         distance = _distance(loss_fn, batch, scale, sums)
-        return divergence_loss(hidden, weight, teacher.hidden, teacher.weight, head, distance), sums
-    return row_loss(hidden, weight, _targets(batch), head, _chunk_loss(loss_fn, batch, scale, sums)), sums
+        loss = divergence_loss(hidden, weight, teacher.hidden, teacher.weight, head, distance)
+    else:
+        loss = row_loss(hidden, weight, _targets(batch), head, _chunk_loss(loss_fn, batch, scale, sums))
+    _release(model)
+    return loss, sums
 
 
 @torch.no_grad()
 def logits(model: Decoder, batch: Batch) -> Tensor:
     """Raw [T, vocab_size] logits of a small batch, for comparing models; never used in training."""
     assert model.output_head is not None, "a model that only scores has no logits"
-    return model.output_head(model(batch))[:, : model.config.vocab_size]
+    found = model.output_head(model(batch))[:, : model.config.vocab_size]
+    _release(model)
+    return found
+
+
+def _group(model: nn.Module) -> Group | None:
+    """Ranks that share the model and what its heads do."""
+    return getattr(model, "tensor", None)  # the fallback's models are never shared
+
+
+def _release(model: nn.Module) -> None:
+    """Give up what FSDP gathered for a forward that no backward follows, or the next would not see new weights."""
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
+        model.reshard()
 
 
 def _chunk_loss(
@@ -121,4 +150,6 @@ def _scores(model: Decoder, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
     if not model.heads:
         return {}
     last = hidden[(batch.cu_seqlens[1 : batch.num_samples + 1] - 1).long()]
-    return {name: head(last).float() for name, head in model.heads.items()}
+    group, count = _group(model), len(last)
+    last = last if group is None else last[group.share(count)]
+    return {name: gather_rows(head(last).float(), group, count) for name, head in model.heads.items()}

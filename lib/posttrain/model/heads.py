@@ -15,6 +15,7 @@ from torch import nn
 
 from posttrain import storage
 from posttrain.errors import ModelError
+from posttrain.model.collectives import fill, full
 from posttrain.model.families import DecoderConfig
 from posttrain.model.layers import Linear
 from posttrain.model.tensor_file import open_tensor_files
@@ -80,11 +81,14 @@ def read_heads(model: nn.Module, folder: str | Path, wanted: Mapping[str, HeadSp
         if found != expected:
             raise ModelError(f"{where}: head {name} holds {found}, the model expects {expected}")
         for key, tensor in names.items():
-            tensor.copy_(stored[key].read(key))
+            fill(tensor, stored[key].read(key))
 
 
-def write_heads(model: nn.Module, folder: str | Path) -> dict[str, HeadSpec]:
+def write_heads(model: nn.Module, folder: str | Path | None) -> dict[str, HeadSpec]:
     """Write every head but Hugging Face's own into `folder`/heads; a folder below, as engines read all beside a model.
+
+    Args:
+        folder: None on a rank that only gathers with the one that writes.
 
     Returns:
         What config.json says of them.
@@ -93,10 +97,12 @@ def write_heads(model: nn.Module, folder: str | Path) -> dict[str, HeadSpec]:
     own = {name: spec for name, spec in config.heads.items() if config.lm_head or name != NATIVE}
     if own:
         tensors = {
-            f"{name}.{key}": tensor.detach().cpu().contiguous()
+            f"{name}.{key}": full(tensor.detach()).cpu().contiguous()
             for name in own
             for key, tensor in model.get_submodule(f"heads.{name}").state_dict().items()
         }
+        if folder is None:
+            return own
         Path(folder, FOLDER).mkdir(exist_ok=True)
         save_file(tensors, Path(folder, FOLDER, FILE), metadata={"format": "pt"})
         shutil.copymode(Path(folder, "config.json"), Path(folder, FOLDER, FILE))
@@ -111,11 +117,11 @@ def draw_head(head: nn.Module, spec: HeadSpec, hidden_size: int, *, name: str, s
         generator = torch.Generator().manual_seed(seed)
         assert isinstance(head, Linear)
         values = torch.randn(head.weight.shape, generator=generator) * (hidden_size + 1) ** -0.5
-        head.weight.copy_(values)
+        fill(head.weight, values)
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with torch.device("cpu"):
             drawn = make_head(spec, hidden_size, name=name).state_dict()
     for key, tensor in head.state_dict().items():
-        tensor.copy_(drawn[key])
+        fill(tensor, drawn[key])

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from posttrain.model.collectives import Group, copy_in, local, reduce_out
+
 
 class Linear(nn.Module):
     """y = x W^T (+ b) over [T, in] -> [T, out], and the low-rank term of its adapter, if any (model/lora.py)."""
@@ -17,16 +19,20 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.adapter: nn.Module | None = None
         """Called as adapter(x, x W^T, W); returns what stands in for x W^T, before the bias."""
+        self.sum_over: Group | None = None
+        """Ranks whose outputs, of a slice of x and of W's columns each, are summed (model/parallel.py)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.adapter is None:
-            return F.linear(x, self.weight, self.bias)
-        return self.adapt(x, F.linear(x, self.weight))
+        weight = local(self.weight)
+        if self.adapter is None and self.sum_over is None:
+            return F.linear(x, weight, None if self.bias is None else local(self.bias))
+        return self.adapt(x, F.linear(x, weight))
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """x W^T becomes the output: the adapter's term where there is one, then the bias."""
-        y = y if self.adapter is None else self.adapter(x, y, self.weight)
-        return y if self.bias is None else y + self.bias
+        """x W^T becomes the output: the adapter's term where there is one, the other ranks' parts, then the bias."""
+        y = y if self.adapter is None else self.adapter(x, y, local(self.weight))
+        y = reduce_out(y, self.sum_over)
+        return y if self.bias is None else y + local(self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -48,12 +54,12 @@ def joint(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
 
 def stacked(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     """joint() as one matmul over the stacked weights: each is copied once, and their gradients are views of one."""
-    biases: list[Tensor] = [each.bias for each in linears if each.bias is not None]
+    biases = [local(each.bias) for each in linears if each.bias is not None]
     assert len(biases) in (0, len(linears)), "linears of one input all have biases or none"
     adapted = any(each.adapter is not None for each in linears)
     bias = torch.cat(biases) if biases and not adapted else None
-    weights: list[Tensor] = [each.weight for each in linears]
-    outputs = F.linear(x, torch.cat(weights), bias).split([each.out_features for each in linears], dim=-1)
+    weights = [local(each.weight) for each in linears]
+    outputs = F.linear(x, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)
     return tuple(each.adapt(x, y) for each, y in zip(linears, outputs, strict=True)) if adapted else outputs
 
 
@@ -68,13 +74,16 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps, self.cast_first, self.offset = eps, cast_first, offset
+        self.partial = False
+        """Each rank norms heads of its own with the one weight, whose gradient is their sum (model/parallel.py)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = local(self.weight, partial=self.partial)
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         if self.cast_first:
-            return self.weight.to(x.dtype) * normed.to(x.dtype)
-        return ((self.weight.float() + self.offset) * normed).to(x.dtype)
+            return weight.to(x.dtype) * normed.to(x.dtype)
+        return ((weight.float() + self.offset) * normed).to(x.dtype)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -94,7 +103,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, mlp_size, bias=bias)
         self.down_proj = Linear(mlp_size, hidden_size, bias=bias)
         self.activation = ACTIVATIONS[activation]
+        self.tensor: Group | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = joint(x, (self.gate_proj, self.up_proj))
+        gate, up = joint(copy_in(x, self.tensor), (self.gate_proj, self.up_proj))
         return self.down_proj(self.activation(gate) * up)

@@ -6,7 +6,7 @@ beside the parameters is a few chunks, whatever the size of the model.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -68,6 +68,7 @@ def load_decoder(
     heads: Mapping[str, HeadSpec] | None = None,
     lm_head: bool = True,
     seed: int = 0,
+    place: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
     """Build the decoder that config.json names and fill it from the folder's safetensors, on disk or S3.
 
@@ -78,6 +79,8 @@ def load_decoder(
         vocab_size: grow to this many tokens (see vocabulary.py).
         heads: score heads beside those that the folder has; a new one is drawn from `seed`.
         lm_head: off leaves the LM head out; the model then needs the head `score`, as Hugging Face's classes have.
+        place: shards the model in place, on the meta device, before it has memory; each rank then takes and reads
+            only what it holds. It may add adapters first, which await reset_adapters().
 
     Raises:
         ModelError: unknown architecture; missing, extra or misshapen tensors; damaged file; vocab_size too small.
@@ -91,10 +94,13 @@ def load_decoder(
     for name, parameter in model.named_parameters():
         known = name in checkpoint.shapes
         parameter.data = parameter.data.to(dtype or (checkpoint.dtype_of(name) if known else torch.float32))
+    if place is not None:
+        place(model)
     model = model.to_empty(device=device)
     unfilled = set(_fill(model, checkpoint))
     read_heads(model, folder, {name: spec for name, spec in config.heads.items() if _any(name, unfilled)}, seed=seed)
-    assert all(name.startswith("heads.") for name in unfilled), f"{folder}: {unfilled} were not filled"
+    left = [name for name in unfilled if not name.startswith("heads.") and is_native(config, name)]
+    assert not left, f"{folder}: {left} were not filled"
     return model
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from posttrain.errors import ModelError
+from posttrain.model.collectives import fill, full, local
 from posttrain.model.layers import Linear
 
 ALL_LINEAR = "all-linear"
@@ -73,6 +73,8 @@ class Adapter(nn.Module):
         self.a = nn.Parameter(torch.empty(lora.rank, linear.in_features, **like))
         self.b = nn.Parameter(torch.empty(linear.out_features, lora.rank, **like))
         self.magnitude = nn.Parameter(torch.empty(linear.out_features, **like)) if lora.dora else None
+        self.partial: tuple[str, ...] = ()
+        """Which of `a` and `b` is whole on ranks that each find a part of its gradient (model/parallel.py)."""
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
@@ -87,12 +89,13 @@ class Adapter(nn.Module):
         fill(self.a, drawn)
         self.b.zero_()
         if self.magnitude is not None:
-            self.magnitude.copy_(self._row_norms(weight))
+            fill(self.magnitude, self._row_norms(weight))
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """What stands in for y = x W^T: x [..., in], y [..., out], weight [out, in]; the result has y's dtype."""
-        low = F.linear(x.to(self.a.dtype), self.a) * self.scaling  # scaled while it is narrow
-        adapted = y + F.linear(low, self.b)
+        a, b = (local(getattr(self, name), partial=name in self.partial) for name in ("a", "b"))
+        low = F.linear(x.to(a.dtype), a) * self.scaling  # scaled while it is narrow
+        adapted = y + F.linear(low, b)
         if self.magnitude is not None:
             adapted = (self.magnitude / self._row_norms(weight)) * adapted
         return adapted.to(y.dtype)
@@ -102,13 +105,14 @@ class Adapter(nn.Module):
         """The one weight [out, in] that does what `weight` and this adapter do; computed in float32, in its dtype."""
         total = self._total(weight)
         if self.magnitude is not None:  # the ratio in its own dtype, as forward() has it
-            total = total * (self.magnitude / self._row_norms(weight))[:, None]
+            total = total * (full(self.magnitude) / self._row_norms(weight))[:, None]
         return total.to(weight.dtype)
 
     def _total(self, weight: Tensor) -> Tensor:
         """W + s B A in float32, or wider where the weight is."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.addmm(weight.to(wide), self.b.to(wide), self.a.to(wide), alpha=self.scaling)
+        weight, a, b = (full(each).to(wide) for each in (weight, self.a, self.b))
+        return torch.addmm(weight, b, a, alpha=self.scaling)
 
     @torch.no_grad()  # DoRA section 4.3: the norm is a constant to the gradient
     def _row_norms(self, weight: Tensor) -> Tensor:
@@ -154,14 +158,14 @@ def merged_weight(linear: Linear) -> Tensor:
     """W [out, in] with the adapter's term merged, in W's dtype; W itself, detached, where there is no adapter."""
     if isinstance(linear.adapter, Adapter):
         return linear.adapter.merged(linear.weight)
-    return linear.weight.detach()
+    return full(linear.weight.detach())
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Merge every adapter into its weight in place, remove it, and let every parameter have gradients again."""
     for _, linear, adapter in list(adapters(model)):
-        linear.weight.copy_(adapter.merged(linear.weight))
+        fill(linear.weight, adapter.merged(linear.weight))
         linear.adapter = None
     model.requires_grad_(True)
 
@@ -215,19 +219,6 @@ def shortest_targets(chosen: Iterable[str], names: Iterable[str]) -> tuple[str, 
     chosen = set(chosen)
     short = sorted({name.rpartition(".")[2] for name in chosen})
     return tuple(short if set(select(short, names)) == chosen else sorted(chosen))
-
-
-@torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor, the same on every rank, into a parameter that may be sharded."""
-    if isinstance(parameter, DTensor):  # src_data_rank None: cut locally, nothing is sent
-        parameter.copy_(
-            distribute_tensor(
-                value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-        )
-    else:
-        parameter.copy_(value)
 
 
 def _matches(name: str, target: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from posttrain.model.collectives import Group, all_to_all, copy_in, local, reduce_out
 from posttrain.model.families import DecoderConfig, Experts
 from posttrain.model.layers import Linear
 
@@ -43,6 +44,8 @@ class ExpertMLPs(nn.Module):
     def __init__(self, hidden_size: int, experts: Experts):
         super().__init__()
         count, size = experts.count, experts.mlp_size
+        self.beside_others = False
+        """Rows of experts that other ranks hold come along, after those of this rank's."""
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
         self.gate_up_bias = nn.Parameter(torch.empty(count, 2 * size)) if experts.bias else None
@@ -50,20 +53,32 @@ class ExpertMLPs(nn.Module):
         self.limit, self.alpha = experts.limit, experts.alpha
 
     def forward(self, x: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
-        """[R, d] rows sorted by expert -> [R, d].
+        """[R, d] rows sorted by expert -> [R, d]; zeros for the rows of experts that other ranks hold.
 
         Args:
             experts: [R] int64, the expert of each row, ascending.
-            ends: [E] int32, where each expert's rows end.
+            ends: [E] int32, where each held expert's rows end; those of others come after them.
         """
-        hidden = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
+        gate_up, down = local(self.gate_up_proj), local(self.down_proj)
+        rest = None
+        if self.beside_others:
+            rest = (torch.arange(len(x), device=x.device) >= ends[-1])[:, None]
+            experts = experts.clamp(max=len(gate_up) - 1)
+
+        def matmul(x: Tensor, weight: Tensor) -> Tensor:
+            # grouped_mm leaves rows after the last end undefined, of its output and of the gradient of its input.
+            x = x if rest is None else x.masked_fill(rest, 0)
+            y = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+            return y if rest is None else y.masked_fill(rest, 0)
+
+        hidden = matmul(x, gate_up)
         if self.gate_up_bias is None or self.down_bias is None:
             gate, up = hidden.chunk(2, dim=-1)
-            return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
-        gate, up = (hidden + self.gate_up_bias[experts]).chunk(2, dim=-1)
+            return matmul(F.silu(gate) * up, down)
+        gate, up = (hidden + local(self.gate_up_bias)[experts]).chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        hidden = (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
-        return F.grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends) + self.down_bias[experts]
+        out = matmul((up + 1) * (gate * torch.sigmoid(gate * self.alpha)), down) + local(self.down_bias)[experts]
+        return out if rest is None else out.masked_fill(rest, 0)
 
 
 class MoE(nn.Module):
@@ -79,18 +94,69 @@ class MoE(nn.Module):
         self.router = Router(config.hidden_size, config.experts)
         self.experts = ExpertMLPs(config.hidden_size, config.experts)
         self.register_buffer("load", torch.zeros(self.count), persistent=False)
+        self.tensor: Group | None = None
+        """Ranks that have the same tokens and hold the other experts (model/parallel.py)."""
+        self.expert: Group | None = None
+        """Ranks that have tokens of their own and hold the other experts."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, experts = self.router.choose(x)
-        flat = experts.flatten()
+        if self.expert is not None:
+            return self._exchanged(x, weights, experts, self.expert)  # pyright: ignore[reportCallIssue]
+        x, weights = copy_in(x, self.tensor), copy_in(weights, self.tensor)
+        first, held = 0, self.count
+        if self.tensor is not None:
+            held = self.count // self.tensor.size
+            first = held * self.tensor.rank
+        flat = (experts.flatten() - first) % self.count  # the experts of this rank come first
         order = flat.argsort(stable=True)
         counts = torch.zeros(self.count, dtype=torch.int32, device=x.device)
         counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))
-        self.load.copy_(counts.float() / flat.numel())
+        self.load.copy_(counts.roll(first).float() / flat.numel())
         back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=x.device))
         rows = x[:, None, :].expand(-1, self.top_k, -1).reshape(len(flat), -1)
-        out = self.experts(_Permute.apply(rows, order, back), flat[order], counts.cumsum(0, dtype=torch.int32))
+        ends = counts[:held].cumsum(0, dtype=torch.int32)
+        out = self.experts(_Permute.apply(rows, order, back), flat[order], ends)
+        out = (_Permute.apply(out, back, order).view(*experts.shape, -1) * weights[..., None]).sum(1)
+        return reduce_out(out, self.tensor)
+
+    @torch.compiler.disable
+    def _exchanged(self, x: Tensor, weights: Tensor, experts: Tensor, group: Group) -> Tensor:
+        """forward() where experts lie on the ranks of a group: rows go to their experts and come back.
+
+        How many go where decides shapes, so the host waits for the device here, once a layer.
+        """
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=x.device))
+        counts = flat.new_zeros(self.count).scatter_add(0, flat, torch.ones_like(flat))
+        self.load.copy_(counts.float() / flat.numel())
+        held = self.count // group.size
+        coming = all_to_all(counts, [held] * group.size, [held] * group.size, group).view(group.size, held)
+        sent, received = torch.stack((counts.view(group.size, held).sum(1), coming.sum(1))).tolist()
+        rows = x[:, None, :].expand(-1, self.top_k, -1).reshape(len(flat), -1)
+        rows = all_to_all(_Permute.apply(rows, order, back), sent, received, group)
+        out = all_to_all(self._held(rows, coming), received, sent, group)
         return (_Permute.apply(out, back, order).view(*experts.shape, -1) * weights[..., None]).sum(1)
+
+    def _held(self, rows: Tensor, coming: Tensor) -> Tensor:
+        """The experts of this rank over rows that came [R, d], sorted by expert from each rank in turn.
+
+        Args:
+            coming: [ranks, experts held] int64, how many of each.
+        """
+        empty = not len(rows)
+        if empty:  # grouped_mm has no gradient of nothing, and FSDP reduces one of every rank: a row of zeros
+            rows, coming = F.pad(rows, (0, 0, 0, 1)), coming.clone()
+            coming[0, 0] = 1
+        ranks, held = coming.shape
+        experts = torch.arange(held, device=rows.device).repeat(ranks)
+        experts = experts.repeat_interleave(coming.flatten(), output_size=len(rows))
+        order = experts.argsort(stable=True)
+        back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=rows.device))
+        ends = coming.sum(0).cumsum(0).to(torch.int32)
+        out = _Permute.apply(self.experts(_Permute.apply(rows, order, back), experts[order], ends), back, order)
+        return out[:0] if empty else out
 
 
 class _Permute(torch.autograd.Function):

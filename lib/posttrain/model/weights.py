@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ModelError
+from posttrain.model.collectives import full
 from posttrain.model.families import DecoderConfig
 from posttrain.model.heads import NATIVE
 from posttrain.model.lora import merged_weight
@@ -146,14 +147,17 @@ def hf_shapes(
 
 
 def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights under Hugging Face names: vocabulary trimmed, a tied head left out, adapters merged into theirs."""
+    """Weights under Hugging Face names: vocabulary trimmed, a tied head left out, adapters merged into theirs.
+
+    Whole ones, made one at a time: of a sharded model all ranks must go through them together.
+    """
     config: DecoderConfig = model.config  # pyright: ignore[reportAssignmentType]
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():  # yields a tied tensor once, as the embedding
         owner, _, leaf = name.rpartition(".")
         if not is_native(config, name):
             continue
-        tensor = parameter.detach()
+        tensor = full(parameter.detach())
         if leaf == "weight" and getattr(modules[owner], "adapter", None) is not None:
             tensor = merged_weight(modules[owner])  # pyright: ignore[reportArgumentType]
         yield from to_hf(config, name, tensor)

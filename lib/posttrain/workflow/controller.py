@@ -119,9 +119,9 @@ class Controller:
         """Send the policy's weights to every generator and prove that they arrived."""
         timeout_s = self.policy.timeout_s
         dtype = (await self.maker.generators.call("weight_dtype", timeout_s=timeout_s))[0]
-        weights = self.policy.group.start(0, "weights", dtype)
+        weights = self.policy.start_weights(dtype)
         expected, held = await asyncio.gather(
-            self.policy.group.call_one(0, "weights_digest", dtype, timeout_s=timeout_s),
+            self.policy.weights_digest(dtype),
             self.maker.generators.call("sync", self.version, weights, timeout_s=timeout_s),
         )
         for rank, got in enumerate(held):

@@ -21,6 +21,8 @@ class Costs:
     """Of attention_cost, for that model."""
     peak: float | None
     """FLOP/s of one device by its data sheet, None where unknown."""
+    sharded: bool = False
+    """Whether the ranks hold shards, and so must go through a step together."""
 
     def of(self, pack: Pack) -> float:
         """FLOPs of a pack, forward and backward; in some other unit for a model of unknown shape."""

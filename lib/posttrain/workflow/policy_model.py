@@ -35,14 +35,19 @@ class Build:
     """Of new heads and adapters."""
 
 
-def build_policy(backend: Backend, folder: Any, build: Build, *, device: torch.device, dtype: torch.dtype) -> Any:
+def build_policy(
+    backend: Backend, folder: Any, build: Build, *, device: torch.device, dtype: torch.dtype, **placed: Any
+) -> Any:
     """The model to be trained, on `device`.
+
+    Args:
+        placed: `place` of load_decoder(), for a model that is sharded over a mesh; it then has no adapters.
 
     Raises:
         ModelError: the folder, or a target of the adapters, is not what the backend can load or adapt.
     """
     heads = {"heads": {"score": 1}, "lm_head": False, "seed": build.seed} if build.score_head else {}
-    model = backend.load(folder, device=device, dtype=dtype, **heads)
+    model = backend.load(folder, device=device, dtype=dtype, **heads, **placed)
     if build.lora is not None:
         add_lora(model, build.lora, seed=build.seed)
         for head in getattr(model, "heads", {}).values():

@@ -1,36 +1,51 @@
 """A policy rank trains any family of the decoder, and says how its experts were used."""
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from posttrain import storage
+from posttrain.compute.cluster import Gang, ray_cluster
+from posttrain.compute.mesh import Sizes
+from posttrain.compute.pool import Pool
+from posttrain.compute.weight_sync import digest
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.data.types import Pack
 from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.costs import Costs
-from posttrain.workflow.policy import PolicyRank, Training
+from posttrain.workflow.policy import Policy
+from posttrain.workflow.policy_rank import PolicyRank, Training
 from tiny_families import random_config, random_model
+
+TRAINING = Training(
+    num_steps=5,
+    lr=1e-2,
+    schedule="constant",
+    warmup_steps=0,
+    betas=(0.9, 0.95),
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    pack_tokens=64,
+)
+
+
+def made(tmp_path, family: str) -> str:
+    if not (tmp_path / "model").exists():
+        random_model(random_config(family, 1) | {"vocab_size": 97}, tmp_path / "made", std=0.05)
+        storage.publish(tmp_path / "made", str(tmp_path / "model"))
+    return str(tmp_path / "model")
 
 
 def rank_of(tmp_path, family: str) -> PolicyRank:
-    random_model(random_config(family, 1) | {"vocab_size": 97}, tmp_path / "made", std=0.05)
-    storage.publish(tmp_path / "made", str(tmp_path / "model"))
-    training = Training(
-        num_steps=5,
-        lr=1e-2,
-        schedule="constant",
-        warmup_steps=0,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        pack_tokens=64,
+    uri = made(tmp_path, family)
+    rank = PolicyRank(
+        rank=0, sizes=Sizes(data=1), model_uri=uri, backend="posttrain", training=TRAINING, reference=False
     )
-    uri = str(tmp_path / "model")
-    rank = PolicyRank(rank=0, world_size=1, model_uri=uri, backend="posttrain", training=training, reference=False)
     rank.address()
     rank.costs = rank.join("", 60.0)
     return rank
@@ -50,6 +65,45 @@ def steps_of(rank: PolicyRank) -> list[dict[str, float]]:
     packs = packs_of([29] * 4)
     total = sum(each.loss_tokens for each in packs)
     return [rank.train_step(step, packs, SFTLoss(), total) for step in range(5)]
+
+
+def test_a_policy_on_a_mesh_takes_the_steps_of_one_rank_and_publishes_the_same_model(tmp_path):
+    """First in this file, as the others import ray before a cluster is up. Three packs for two data ranks: one repeats
+    a pack that counts nothing. The reference is sharded too."""
+    uri = made(tmp_path, "qwen2")
+    packs, loss = packs_of([60, 50, 40], trained=20), SFTLoss()
+
+    async def together():
+        policy = await Policy.launch(
+            sizes=Sizes(data=2, tensor=2),
+            model_uri=uri,
+            backend="posttrain",
+            training=TRAINING,
+            reference=True,
+            timeout_s=60,
+            pool=Pool(),
+        )
+        import ray
+
+        history = [await policy.train_step(step, packs, loss) for step in range(2)]
+        sent = ray.get(policy.start_weights("float32"))
+        assert await policy.weights_digest("float32") == digest(sent.items())
+        return policy.costs, history, sent, await policy.export(str(tmp_path / "exported"))
+
+    with ray_cluster(Gang(), num_cpus=5, num_gpus=0):
+        costs, history, sent, exported = asyncio.run(together())
+    alone = rank_of(tmp_path, "qwen2")
+    assert costs == replace(alone.costs, sharded=True), "costs are of the whole model"
+    total = sum(each.loss_tokens for each in packs)
+    expected = [alone.train_step(step, packs, loss, total) for step in range(2)]
+    for found, theirs in zip(history, expected, strict=True):
+        assert {name: found[name] for name in ("loss", "entropy", "grad_norm")} == pytest.approx(
+            {name: theirs[name] for name in ("loss", "entropy", "grad_norm")}, rel=1e-5
+        )
+    published = load_file(storage.fetch(exported) / "model.safetensors")
+    for name, weight in alone.weights("float32").items():
+        torch.testing.assert_close(sent[name], weight, rtol=0, atol=2e-4)  # lr is 1e-2; see test_place.py on Adam
+        assert torch.equal(published[name], sent[name])
 
 
 def test_experts_are_trained_and_their_load_is_a_metric(tmp_path):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.compute.mesh import Sizes
 from posttrain.data.pack import pack
 from posttrain.data.token_files import read_units
 from posttrain.data.types import Pack, Unit
 from posttrain.model.lora import LoRA
-from posttrain.workflow.policy import PolicyRank
 from posttrain.workflow.policy_model import Build
+from posttrain.workflow.policy_rank import PolicyRank
 from posttrain.workflow.reference import score
 from runs import Prepared, prepared, recipe_config
 from steps.recipes import loss_of, training_of
@@ -31,7 +32,7 @@ def units(base: Prepared) -> list[Unit]:
 
 def rank_of(base: Prepared, *, reference: bool, lora: LoRA | None) -> PolicyRank:
     facts = {"backend": "posttrain", "training": training_of(CONFIG, "dpo"), "build": Build(lora=lora)}
-    rank = PolicyRank(rank=0, world_size=1, model_uri=base.model_uri, reference=reference, **facts)
+    rank = PolicyRank(rank=0, sizes=Sizes(data=1), model_uri=base.model_uri, reference=reference, **facts)
     rank.address()
     rank.join("", 60.0)
     return rank

@@ -7,11 +7,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from posttrain import storage
+from posttrain.compute.mesh import Sizes
 from posttrain.data.loader import loading
 from posttrain.data.types import Pack
 from posttrain.model.schedule import lr_scale
 from posttrain.model.weights import hf_tensors
-from posttrain.workflow.policy import PolicyRank
+from posttrain.workflow.policy_rank import PolicyRank
 from runs import prepared, recipe_config
 from steps.recipes import build_of, loss_of, training_of
 from steps.streams import open_stream
@@ -23,7 +24,7 @@ def ours(config, model_uri: str, global_batches: list[list[Pack]]) -> tuple[list
     """Losses, and the weights after the last step, of a policy rank: packed, its own decoder, head and engine."""
     training, build = training_of(config, "sft"), build_of(config, None)
     shared = {"backend": "posttrain", "training": training, "reference": False, "build": build}
-    rank = PolicyRank(rank=0, world_size=1, model_uri=model_uri, **shared)
+    rank = PolicyRank(rank=0, sizes=Sizes(data=1), model_uri=model_uri, **shared)
     rank.address()
     rank.join("", 60.0)
     loss, losses = loss_of(config, "sft"), []

@@ -1,0 +1,78 @@
+"""The section `parallel` of a run config: where a run executes, on how much, and how a model is split over it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from posttrain.config_section import Section
+
+
+class Parallel(Section):
+    """Where and on how much the run executes."""
+
+    backend: Literal["local", "kubernetes", "batch"] = "local"
+    """Where Metaflow runs the steps."""
+    orchestrator: Literal["ray", "verl"] = "ray"
+    """Who starts policy ranks and generators and carries calls to them: Ray's actors, or the worker groups of verl's
+    single_controller; the results are the same to the bit."""
+    data: Annotated[int, Field(ge=1)] | Literal["auto"] = 2
+    """Data-parallel policy ranks, over all nodes; auto is as many as the GPUs allow, one on CPUs."""
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share every matrix of a block, for each data-parallel rank; they should be GPUs of one node."""
+    expert: int = Field(default=1, ge=1)
+    """Data-parallel ranks that share the experts of a mixture-of-experts model."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines of the train step."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    """0 runs on CPUs."""
+    cpus_per_node: int = Field(default=2, ge=1)
+    """Requested from Kubernetes or Batch; on a laptop every core is used."""
+    memory_gib: int = Field(default=8, ge=1)
+    """Per node."""
+    image: str | None = None
+    """Container image with posttrain's dependencies."""
+    queue: str | None = None
+    """AWS Batch job queue."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def data_ranks(self) -> int:
+        """`data`, with auto worked out."""
+        return self.data if self.data != "auto" else max(self.gpus // self.tensor, 1)
+
+    @property
+    def ranks(self) -> int:
+        """Policy ranks in all."""
+        return self.data_ranks * self.tensor
+
+    def unfit(self, *, backend: str, adapters: bool) -> list[str]:
+        """What the ranks cannot do: problems in words, of this section and of it with the model's."""
+        problems = []
+        what = f"parallel.data = {self.data_ranks}"
+        what += f" times parallel.tensor = {self.tensor}" if self.tensor > 1 else ""
+        if self.gpus and self.ranks > self.gpus:
+            problems.append(f"{what} ranks need as many GPUs; the run asks for {self.gpus}")
+        if self.gpus_per_node and self.tensor > self.gpus_per_node:
+            problems.append(
+                f"parallel.tensor = {self.tensor} exceeds parallel.gpus_per_node = {self.gpus_per_node}: "
+                "ranks that share matrices must be on one node"
+            )
+        if max(self.tensor, self.expert) > 1 and backend == "transformers":
+            problems.append(
+                "parallel.tensor and parallel.expert split posttrain's own decoder only; set both to 1, or "
+                "model.backend: posttrain"
+            )
+        if max(self.tensor, self.expert) > 1 and adapters:
+            problems.append(
+                "parallel.tensor and parallel.expert do not split adapters; set both to 1, or model.lora: null"
+            )
+        if self.data_ranks % self.expert:
+            problems.append(
+                f"parallel.expert = {self.expert} does not divide parallel.data = {self.data_ranks}: "
+                "experts are shared among data-parallel ranks"
+            )
+        return problems
