@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from posttrain import storage
+from posttrain.compute.mesh import Sizes
 from posttrain.data.token_files import read_units
 from posttrain.errors import DataError
 from posttrain.model.load import load_decoder, read_config
@@ -108,7 +109,7 @@ def test_labels_of_single_answers_train_a_reward_model_too(tmp_path: Path):
     config = recipe_config("reward", **rows, **{"method.kind": "labels", "optim.lr": 3e-3})
     base = prepared(tmp_path, config)
     facts = {"backend": "posttrain", "training": training_of(config, "reward"), "build": build_of(config, None)}
-    rank = PolicyRank(rank=0, world_size=1, model_uri=base.model_uri, reference=False, **facts)
+    rank = PolicyRank(rank=0, sizes=Sizes(data=1), model_uri=base.model_uri, reference=False, **facts)
     rank.address()
     rank.join("", 60.0)
     packs, loss = held_out_packs(config, base.tokens_uri), loss_of(config, "reward")
