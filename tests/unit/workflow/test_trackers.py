@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,9 +64,16 @@ def test_wandb_offline_writes_the_whole_history_in_every_attempt(tmp_path, monke
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     attempt(WandB("posttrain"), str(tmp_path), first=0, end=6)
+    (first,) = tmp_path.glob("wandb/offline-run-*")
+    while time.strftime("%Y%m%d_%H%M%S") in first.name:  # W&B names a folder by the second, and would take it again
+        time.sleep(0.05)
     attempt(WandB("posttrain"), str(tmp_path), first=4, end=8)
-    last = max(tmp_path.glob("wandb/offline-run-*"), key=lambda folder: folder.stat().st_mtime)
-    assert wandb_losses(next(last.glob("run-*.wandb"))) == {step: float(step) for step in range(8)}
+    (last,) = set(tmp_path.glob("wandb/offline-run-*")) - {first}
+    expected = {step: float(step) for step in range(8)}
+    deadline = time.monotonic() + 20  # W&B's writer is a process of its own, which may be behind run.finish()
+    while (found := wandb_losses(next(last.glob("run-*.wandb")))) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found == expected
 
 
 def wandb_losses(file: Path) -> dict[int, float]:
