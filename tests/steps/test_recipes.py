@@ -53,6 +53,7 @@ def test_dpo_scores_its_reference_once_and_starts_with_no_margin(tmp_path: Path)
     assert audit(str(tmp_path))["stages"]["dpo"]["replayed"] == 6
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_a_classifier_of_transformers(tmp_path: Path):
     config = recipe_config("reward", **{"optim.lr": 3e-3, "optim.num_steps": 30, "method.packs_per_step": 4})
     base = prepared(tmp_path, config)
@@ -64,6 +65,7 @@ def test_a_reward_model_is_a_classifier_of_transformers(tmp_path: Path):
     assert load_decoder(folder).output_head is None
 
 
+@pytest.mark.slow
 def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path):
     config = recipe_config("distill", **{"optim.lr": 1e-2})
     base = prepared(tmp_path, config)

@@ -13,7 +13,8 @@ TRAINED = {"prepare", "forward", "backward", "reduce", "optimizer", "dispatch", 
 PHASES = {"train": TRAINED | {"data_wait"}, "grpo": TRAINED | {"generate", "reward", "sync"}}
 
 
-@pytest.mark.parametrize("step", ["train", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["train", "grpo"])
 def test_the_times_of_a_step_add_up_to_it(tmp_path: Path, step: str):
     base = prepared(tmp_path / "inputs", CONFIG)
     inputs = {"root": str(tmp_path), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri}

@@ -274,6 +274,7 @@ def test_a_run_warms_up_and_exports_an_undefined_architecture(run):
     assert any(not torch.equal(a, b) for a, b in zip(opened.parameters(), before.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_samples_from_and_scores_an_undefined_architecture(run):
     done = grpo(run.config, root=run.root, model_uri=run.model["uri"], tokens_uri=run.tokens_uri)
     assert done is not None
