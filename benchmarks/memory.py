@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,6 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         "precision": case["precision"],
         "activation_checkpointing": case["activation_checkpointing"],
     }
-    settings = {name: value for name, value in settings.items() if name in {each.name for each in fields(Training)}}
     with tempfile.TemporaryDirectory() as folder:
         uri = write_model(Path(folder), case["size"], "cuda")
         torch.cuda.empty_cache()

@@ -68,7 +68,7 @@ def estimate(
     """
     device, model, stages = gpu_of(gpu), meta_model(config), _stages(config)
     setup = _setup(config, stages, gpus)
-    count = gpus or max(_config_gpus(config), setup.data * setup.tensor * setup.context)
+    count = gpus or max(config.parallel.gpus, setup.data * setup.tensor * setup.context)
     total = sum(parameter.numel() for parameter in model.parameters())
     peak = memory(model, setup)
     if mfu is None:
@@ -168,7 +168,7 @@ def meta_model(config: RunConfig) -> Decoder:
         hf = read_config(model_folder(config.model.path, config.model.revision, suffixes=TEXT_FILES))
     with torch.device("meta"):
         model = Decoder(decoder_config(hf))
-    if lora := getattr(config.model, "lora", None):
+    if lora := config.model.lora:
         add_lora(model, LoRA(rank=lora.rank, alpha=lora.alpha, targets=lora.targets), seed=config.seed)
     return model
 
@@ -211,11 +211,11 @@ def _stages(config: RunConfig) -> list[Stage]:
 
 def _setup(config: RunConfig, stages: list[Stage], gpus: int | None) -> Setup:
     parallel, rl = config.parallel, config.method.name == "grpo"
-    tensor, context = (getattr(parallel, name, 1) for name in ("tensor", "context"))
-    if gpus is not None and gpus < tensor * context:
-        raise ConfigError(f"--gpus {gpus}: parallel.tensor x parallel.context = {tensor * context} GPUs are one rank")
-    ranks = parallel.data_ranks if gpus is None else gpus // (tensor * context)
-    asked = _config_gpus(config) if gpus is None else gpus
+    tensor = parallel.tensor
+    if gpus is not None and gpus < tensor:
+        raise ConfigError(f"--gpus {gpus}: parallel.tensor = {tensor} GPUs are one rank")
+    ranks = parallel.data_ranks if gpus is None else gpus // tensor
+    asked = parallel.gpus if gpus is None else gpus
     share = max(stage.loss_share for stage in stages)
     return Setup(
         pack_tokens=config.data.pack_tokens,
@@ -225,15 +225,10 @@ def _setup(config: RunConfig, stages: list[Stage], gpus: int | None) -> Setup:
         activation_checkpointing=config.optim.activation_checkpointing,
         data=ranks,
         tensor=tensor,
-        context=context,
-        expert=getattr(parallel, "expert", 1),
-        reference=rl and getattr(config.method, "kl_coef", None) is not None,
-        generator=rl and asked <= ranks * tensor * context,
+        expert=parallel.expert,
+        reference=isinstance(config.method, GRPO) and config.method.kl_coef is not None,
+        generator=rl and asked <= ranks * tensor,
     )
-
-
-def _config_gpus(config: RunConfig) -> int:
-    return config.parallel.nodes * config.parallel.gpus_per_node
 
 
 def _time(config: RunConfig, stage: Stage, model: Decoder, setup: Setup, device: Gpu, mfu: float) -> dict[str, Any]:
