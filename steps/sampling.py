@@ -10,7 +10,8 @@ from posttrain.config_method import GRPO
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
-from posttrain.workflow.rollouts import Prompts, RewardPool, RolloutMaker, Sampling, Shaping
+from posttrain.workflow.reward_pool import RewardPool
+from posttrain.workflow.rollouts import Prompts, RolloutMaker, Sampling, Shaping
 from steps.hardware import Hardware
 from steps.origin import locate
 from steps.recipes import prompt_sets
