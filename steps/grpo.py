@@ -42,7 +42,7 @@ def grpo(
         model_uri, checkpoint root, rewards at both ends and the ledger; None on a node
         that only lent its hardware.
     """
-    resources = hardware(config.parallel)
+    resources = hardware(config.parallel, config.rollout.generators)
     with ray_cluster(gang or Gang(), **resources.cluster) as driving:
         if not driving:
             return None
@@ -57,7 +57,8 @@ def grpo(
 async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
     method, optim, (root, model_uri, tokens_uri) = config.method, config.optim, uris.values()
     assert isinstance(method, GRPO), "the flow has refused any other"
-    parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
+    uris_of_parts = {"model_uri": model_uri, "tokens_uri": tokens_uri}
+    parts = await rollout_parts(config, **uris_of_parts, resources=resources, count=config.rollout.generators)
     policy = await Policy.launch(
         sizes=resources.sizes,
         model_uri=model_uri,
@@ -74,6 +75,7 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
             num_steps=optim.num_steps,
             prompts_per_step=config.rollout.prompts_per_step,
             group_size=method.group_size,
+            max_staleness=config.rollout.max_staleness,
             advantages=advantages_of(method.advantage),
             weigh_by_sequence=method.weigh == "sequence",
             pack_tokens=config.data.pack_tokens,

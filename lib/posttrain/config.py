@@ -85,6 +85,14 @@ class Rollout(Section):
     """A completion that reaches it is cut, tokens."""
     timeout_s: float = Field(default=600, gt=0)
     """Deadline of every call to a policy rank or generator, the start with its model load included, seconds."""
+    generators: int = Field(default=1, ge=1)
+    """Copies of the engine that training samples with."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Optimizer steps by which the weights that sampled a token may be behind those that it trains; 0 samples and
+    trains in turn, more lets generators work while the policy trains."""
+    max_failures: int = Field(default=2, ge=0)
+    """Generators that may die and are replaced, and groups that may be dropped because a generator raised; one more of
+    either stops the run."""
 
 
 class Reward(Section):
@@ -246,6 +254,12 @@ class RunConfig(Section):
 
     def _of_hardware(self) -> list[str]:
         problems = self.parallel.unfit(backend=self.model.backend, adapters=self.model.lora is not None)
+        gpus, ranks, generators = self.parallel.gpus, self.parallel.ranks, self.rollout.generators
+        if self.method.name == "grpo" and gpus and generators > max(ranks, gpus - ranks):
+            problems.append(
+                f"rollout.generators = {generators} is more than the {max(ranks, gpus - ranks)} that {gpus} GPUs with "
+                f"{ranks} policy ranks have room for: one beside each rank, or one on each GPU without a rank"
+            )
         if self.parallel.backend != "local" and not (self.checkpoint.root or "").startswith("s3://"):
             problems.append(
                 f"parallel.backend = {self.parallel.backend} runs every step in a container of its own; "
