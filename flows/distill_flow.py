@@ -47,6 +47,11 @@ class DistillFlow(PostTrainFlow):
         self.merge_artifacts(inputs, exclude=["taught"])
         uris = {"root": self.root, "tokens_uri": self.tokens["uri"]}
         self.taught_uri = refusing(merge_taught, self.cfg, **uris, parts=parts)
+        self.next(self.place)
+
+    @step
+    def place(self):
+        """On one node, or on a gang of them: a step of its own, as Metaflow lets no join choose."""
         self.next({"one": self.train, "many": self.gang}, condition="nodes")
 
     def run_training(self):
