@@ -193,7 +193,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def fits_together(self):
-        problems = [*self._missing(), *self._of_method(), *self._of_hardware()]
+        problems = [*self._missing(), *self._of_method(), *self._of_heads(), *self._of_hardware()]
         if self.data.sources and not any(source.schedule[0][1] for source in self.data.sources):
             problems.append("data.sources: none has a weight above zero at draw 0; give one of them one")
         if self.optim.warmup_steps >= self.optim.num_steps and self.optim.schedule != "constant":
@@ -246,10 +246,19 @@ class RunConfig(Section):
             problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
         if isinstance(self.method, RewardModel) and self.method.kind == "labels" and self.warmup:
             problems.append("warmup: answers with labels are no demonstrations, some are bad; set warmup: null")
-        if self.method.name in ("reward", "distill") and self.model.backend != "posttrain":
-            problems.append(f"model.backend = transformers: method {self.method.name} needs posttrain's own decoder")
         if self.method.name in ("dpo", "reward") and self.data.over_long == "split":
             problems.append("data.over_long = split: pairs cannot be split; choose error, drop or truncate")
+        return problems
+
+    def _of_heads(self) -> list[str]:
+        """What the recipe reads of models, and where."""
+        problems, method = [], self.method
+        critic = method.name == "grpo" and method.advantage == "gae"
+        if (critic or method.name in ("reward", "distill")) and self.model.backend != "posttrain":
+            who = "method.advantage = gae" if critic else f"method {method.name}"
+            problems.append(f"model.backend = transformers: {who} needs posttrain's own decoder")
+        if isinstance(method, Distill) and method.top_k and self.data.tokenize == "online":
+            problems.append("method.top_k writes into token files: set data.tokenize: ahead, or top_k: null")
         return problems
 
     def _of_hardware(self) -> list[str]:

@@ -20,11 +20,13 @@ from posttrain.data.types import Unit
 from posttrain.errors import StalenessError, SyncError
 from posttrain.model.losses import Loss
 from posttrain.workflow.clock import Clock
+from posttrain.workflow.credit import Credit
 from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.group_buffer import GroupBuffer
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import Metrics, Observers
+from posttrain.workflow.passes import train_passes
 from posttrain.workflow.policy import Policy
 from posttrain.workflow.rollouts import Group, Prompts, RolloutMaker
 from posttrain.workflow.saving import Saver, restore
@@ -47,6 +49,10 @@ class Plan:
     weigh_by_sequence: bool
     pack_tokens: int
     eval_every: int
+    credit: Credit | None = None
+    """What gives every token an advantage of its own."""
+    passes: int = 1
+    """Optimizer steps on each step's batch."""
 
 
 class Controller:
@@ -155,7 +161,10 @@ class Controller:
             units += group_units(group, advantages, by_sequence=self.plan.weigh_by_sequence)
         packs = pack(units, pack_tokens=self.plan.pack_tokens)
         faults.point("controller.before_train")
-        trained = await self.policy.train_step(step, packs, self.loss)
+        credited: Metrics = {}
+        if self.plan.credit is not None:
+            packs, credited = await self.plan.credit.assign(self.policy, packs)
+        trained = credited | await train_passes(self.policy, step, packs, self.loss, passes=self.plan.passes)
         row = self.ledger.commit(packs, draws=[group[0].prompt.uid for group in groups])
         self.ledger_file.append({"step": step, **row})
         assert self.ledger.balance() == len(self.buffer), (
