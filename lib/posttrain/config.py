@@ -133,6 +133,8 @@ class Eval(Section):
     prompts: str | None = None
     """Questions that the models of an offline recipe are asked in the final evaluation, rows like data.prompts, never
     trained on; `reward` scores the answers, and null asks none. RL asks data.held_out."""
+    slice_by: str | None = None
+    """Column of data.held_out, as `lang`; the final evaluation is also told for each of its values, at most 50."""
     gate: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Measure of the final evaluation -> by how much the trained model may be worse than the one it started from; else
     the run fails before its export. {loss: 0} forbids any harm."""
@@ -236,8 +238,9 @@ class RunConfig(Section):
             problems.append("eval.prompts: RL is evaluated on data.held_out; remove eval.prompts")
         if self.method.name == "reward" and self.eval.prompts is not None:
             problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
-        if isinstance(self.method, RewardModel) and self.method.kind == "labels" and self.warmup:
-            problems.append("warmup: answers with labels are no demonstrations, some are bad; set warmup: null")
+        if isinstance(self.method, RewardModel) and self.method.kind != "pairs" and self.warmup:
+            kind = self.method.kind
+            problems.append(f"warmup: answers with {kind} are no demonstrations, some are bad; set warmup: null")
         if self.method.name in ("reward", "distill") and self.model.backend != "posttrain":
             problems.append(f"model.backend = transformers: method {self.method.name} needs posttrain's own decoder")
         if self.method.name in ("dpo", "reward") and self.data.over_long == "split":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posttrain.data.types import Batch
 from posttrain.model.backend import Backend
 from posttrain.model.forward import Teacher, forward, loss_sum
+from posttrain.model.heads import NATIVE
 from posttrain.model.lora import LoRA, add_lora
 from posttrain.model.losses import Loss
 from posttrain.model.peft_format import save_adapter
@@ -27,8 +28,8 @@ class Build:
 
     lora: LoRA | None = None
     """Adapters that are trained in place of the weights."""
-    score_head: bool = False
-    """Hugging Face's head `score` in the LM head's place: a reward model."""
+    scores: tuple[str, ...] = ()
+    """Outputs of Hugging Face's head `score`, which then stands in the LM head's place: a reward model."""
     teacher_uri: str | None = None
     """Folder of a frozen model over the same vocabulary, for losses that read a teacher."""
     seed: int = 0
@@ -46,7 +47,7 @@ def build_policy(
     Raises:
         ModelError: the folder, or a target of the adapters, is not what the backend can load or adapt.
     """
-    heads = {"heads": {"score": 1}, "lm_head": False, "seed": build.seed} if build.score_head else {}
+    heads = {"heads": {NATIVE: len(build.scores)}, "lm_head": False, "seed": build.seed} if build.scores else {}
     model = backend.load(folder, device=device, dtype=dtype, **heads, **placed)
     if build.lora is not None:
         add_lora(model, build.lora, seed=build.seed)
