@@ -95,6 +95,8 @@ class Reward(Section):
     model: str | None = None
     """A folder with the head `score`, as the recipe reward exports it (local or s3://), or run:RewardFlow/ID; it reads
     the row's messages and the completion, on a CPU."""
+    heads: dict[str, float] = Field(default={})
+    """Of a reward model with several ratings: rating -> weight in the sum that is the reward, and each part is logged."""
     timeout_s: float = Field(default=10, gt=0)
     """Deadline for one group, seconds; then its process is killed."""
     max_failures: int = Field(default=20, ge=0)
@@ -106,6 +108,8 @@ class Reward(Section):
         if (self.function is None) == (self.model is None):
             state = "both are" if self.function else "neither is"
             raise ValueError(f"set exactly one of function and model ({state} set); null drops one that the base has")
+        if self.heads and self.model is None:
+            raise ValueError("heads are of a reward model; set model, or leave heads out")
         return self
 
 

@@ -7,30 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.compute.mesh import Sizes
-from posttrain.data.types import Pack
-from posttrain.model.losses import Loss, count
 from posttrain.workflow.evaluation_tables import evaluation_tables, markdown
 from posttrain.workflow.measure_rows import margins_of, measure_rows
-from posttrain.workflow.policy_rank import PolicyRank
 from runs import prepared, recipe_config
-from steps.recipes import build_of, measure_names, measures_of, training_of
+from steps.recipes import measure_names, measures_of
 from steps.streams import held_out_slices, held_out_units
-
-
-class OneRank:
-    """A policy of one rank in this process."""
-
-    def __init__(self, config, uri: str):
-        self.pack_tokens = config.data.pack_tokens
-        facts = {"backend": "posttrain", "training": training_of(config, config.method.name), "reference": False}
-        build = build_of(config, None, trains=False)
-        self.rank = PolicyRank(rank=0, sizes=Sizes(data=1), model_uri=uri, build=build, **facts)
-        self.rank.address()
-        self.rank.join("", 60.0)
-
-    async def evaluate(self, packs: list[Pack], loss: Loss) -> dict[str, float]:
-        return self.rank.evaluate(packs, loss, count(loss, packs))
+from unit_policy import OneRank
 
 
 def measured(name: str, folder: Path, **changes):
