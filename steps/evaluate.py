@@ -10,6 +10,7 @@ from posttrain.config import RunConfig
 from posttrain.errors import SyncError
 from posttrain.model.backend import backend_of
 from posttrain.workflow.evaluate import Evaluator
+from posttrain.workflow.lm_eval_tasks import run_lm_eval
 from posttrain.workflow.measure_rows import measure_rows
 from posttrain.workflow.measures import check_gate, in_order
 from posttrain.workflow.policy import Policy
@@ -39,11 +40,15 @@ def evaluate(
         best-of-k reward, pass@k, mean length and example rows; with eval.slice_by both for every slice.
 
     Raises:
+        DataError: a task of lm-eval could not be run.
         GateError: a measure of the last model is worse than eval.gate allows.
     """
     resources = hardware(config.parallel)
     with ray_cluster(Gang(), **resources.cluster):
         found = asyncio.run(_evaluate(config, tokens_uri, models, (rows_uri or tokens_uri, teacher_uri), resources))
+    if config.eval.lm_eval:  # the actors are gone: a GPU of theirs is free
+        for name, uri in models.items():
+            found[name]["lm_eval"] = run_lm_eval(str(storage.fetch(uri)), config.eval.lm_eval)
     check_gate(found, config.eval.gate, before=next(iter(models)), after=list(models)[-1])
     return found
 

@@ -19,6 +19,7 @@ from posttrain.model.families import decoder_config
 from posttrain.model.heads import NATIVE, output_names
 from posttrain.model.load import read_config
 from posttrain.plugin import resolve
+from posttrain.workflow.lm_eval_tasks import lm_eval_problems
 from posttrain.workflow.trackers import missing_packages
 from steps.origin import RUN, locate
 from steps.recipes import measure_names, prompt_sets, trains_on_rows
@@ -74,7 +75,7 @@ def _check_plugins(config: RunConfig) -> list[str]:
         plugins["rollout.generator"] = config.rollout.generator
     if config.tracking.custom:
         plugins["tracking.custom"] = config.tracking.custom
-    problems = missing_packages(config.tracking.model_dump())
+    problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
     if config.parallel.orchestrator == "verl" and not verl_is_installed():
         problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
     for key, path in plugins.items():

@@ -95,13 +95,13 @@ class Reward(Section):
     model: str | None = None
     """A folder with the head `score`, as the recipe reward exports it (local or s3://), or run:RewardFlow/ID; it reads
     the row's messages and the completion, on a CPU."""
-    heads: dict[str, float] = Field(default={})
-    """Of a reward model with several ratings: rating -> weight in the sum that is the reward, and each part is logged."""
     timeout_s: float = Field(default=10, gt=0)
     """Deadline for one group, seconds; then its process is killed."""
     max_failures: int = Field(default=20, ge=0)
     """Groups that training may drop because their reward failed, and rows that an evaluation may leave out; one
     more stops the run."""
+    heads: dict[str, float] = Field(default={})
+    """Of a reward model with several ratings: rating -> weight in the sum that is the reward; each part is logged."""
 
     @model_validator(mode="after")
     def one_judge(self):
@@ -139,6 +139,9 @@ class Eval(Section):
     trained on; `reward` scores the answers, and null asks none. RL asks data.held_out."""
     slice_by: str | None = None
     """Column of data.held_out, as `lang`; the final evaluation is also told for each of its values, at most 50."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of EleutherAI's lm-eval (the extra `eval`) that both models are put to at the end: its names, or
+    `folder/name` for a YAML file of yours in that folder."""
     gate: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Measure of the final evaluation -> by how much the trained model may be worse than the one it started from; else
     the run fails before its export. {loss: 0} forbids any harm."""
@@ -242,6 +245,8 @@ class RunConfig(Section):
             problems.append("eval.prompts: RL is evaluated on data.held_out; remove eval.prompts")
         if self.method.name == "reward" and self.eval.prompts is not None:
             problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
+        if self.method.name == "reward" and self.eval.lm_eval:
+            problems.append("eval.lm_eval: a reward model writes no text; remove eval.lm_eval")
         if isinstance(self.method, RewardModel) and self.method.kind != "pairs" and self.warmup:
             kind = self.method.kind
             problems.append(f"warmup: answers with {kind} are no demonstrations, some are bad; set warmup: null")

@@ -24,7 +24,7 @@ class Table:
 
 def evaluation_tables(evaluation: Evaluation) -> list[Table]:
     """The tables that the evaluation has something for: every model's numbers stand beside each other's."""
-    tables = [_grouped(evaluation, key, title) for key, title in GROUPS.items()]
+    tables = [*(_grouped(evaluation, key, title) for key, title in GROUPS.items()), _tasks(evaluation)]
     tables += [_reliability(model, found) for model, found in evaluation.items() if "reliability" in found]
     return [table for table in tables if table is not None]
 
@@ -49,6 +49,21 @@ def _grouped(evaluation: Evaluation, key: str, title: str) -> Table | None:
         numbers = [group.get(part, {}).get(measure, "") for measure in measures for group in groups.values()]
         rows.append([part, held["rows"], *numbers])
     return Table(title, headings, rows)
+
+
+def _tasks(evaluation: Evaluation) -> Table | None:
+    """Metrics of lm-eval; which way is better is the task's to say."""
+    found = {model: each["lm_eval"] for model, each in evaluation.items() if "lm_eval" in each}
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    rows = [
+        [task, values["rows"], metric, *(each.get(task, {}).get(metric, "") for each in found.values())]
+        for task, values in first.items()
+        for metric in values
+        if metric != "rows"
+    ]
+    return Table("lm-eval", ["task", "rows", "metric", *found], rows)
 
 
 def _reliability(model: str, found: Mapping[str, Any]) -> Table:
