@@ -42,7 +42,8 @@ async def rollout_parts(
         max_failures=config.rollout.max_failures,
     )
     judge = None if config.reward.model is None else locate(config.reward.model, config)
-    rewards = RewardPool(config.reward.function, model=judge, timeout_s=config.reward.timeout_s)
+    weights = config.reward.heads or None
+    rewards = RewardPool(config.reward.function, model=judge, weights=weights, timeout_s=config.reward.timeout_s)
     await rewards.ready()
     maker = RolloutMaker(
         generators,

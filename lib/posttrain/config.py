@@ -108,12 +108,16 @@ class Reward(Section):
     max_failures: int = Field(default=20, ge=0)
     """Groups that training may drop because their reward failed, and rows that an evaluation may leave out; one
     more stops the run."""
+    heads: dict[str, float] = Field(default={})
+    """Of a reward model with several ratings: rating -> weight in the sum that is the reward; each part is logged."""
 
     @model_validator(mode="after")
     def one_judge(self):
         if (self.function is None) == (self.model is None):
             state = "both are" if self.function else "neither is"
             raise ValueError(f"set exactly one of function and model ({state} set); null drops one that the base has")
+        if self.heads and self.model is None:
+            raise ValueError("heads are of a reward model; set model, or leave heads out")
         return self
 
 
@@ -141,6 +145,11 @@ class Eval(Section):
     prompts: str | None = None
     """Questions that the models of an offline recipe are asked in the final evaluation, rows like data.prompts, never
     trained on; `reward` scores the answers, and null asks none. RL asks data.held_out."""
+    slice_by: str | None = None
+    """Column of data.held_out, as `lang`; the final evaluation is also told for each of its values, at most 50."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of EleutherAI's lm-eval (the extra `eval`) that both models are put to at the end: its names, or
+    `folder/name` for a YAML file of yours in that folder."""
     gate: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Measure of the final evaluation -> by how much the trained model may be worse than the one it started from; else
     the run fails before its export. {loss: 0} forbids any harm."""
@@ -244,8 +253,11 @@ class RunConfig(Section):
             problems.append("eval.prompts: RL is evaluated on data.held_out; remove eval.prompts")
         if self.method.name == "reward" and self.eval.prompts is not None:
             problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
-        if isinstance(self.method, RewardModel) and self.method.kind == "labels" and self.warmup:
-            problems.append("warmup: answers with labels are no demonstrations, some are bad; set warmup: null")
+        if self.method.name == "reward" and self.eval.lm_eval:
+            problems.append("eval.lm_eval: a reward model writes no text; remove eval.lm_eval")
+        if isinstance(self.method, RewardModel) and self.method.kind != "pairs" and self.warmup:
+            kind = self.method.kind
+            problems.append(f"warmup: answers with {kind} are no demonstrations, some are bad; set warmup: null")
         if self.method.name in ("dpo", "reward") and self.data.over_long == "split":
             problems.append("data.over_long = split: pairs cannot be split; choose error, drop or truncate")
         return problems

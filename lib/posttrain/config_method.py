@@ -52,13 +52,16 @@ class DPO(_Offline):
 
 
 class RewardModel(_Offline):
-    """A model that gives an answer a score: Bradley-Terry on pairs, or labels of single answers."""
+    """A model that gives an answer a score: Bradley-Terry on pairs, labels of single answers, or ratings of several
+    attributes."""
 
     name: Literal["reward"]
     """The recipe."""
-    kind: Literal["pairs", "labels"] = "pairs"
-    """Rows of chosen and rejected, with a `margin` where they have one; or of an answer and its true or false
-    `label`."""
+    kind: Literal["pairs", "labels", "ratings"] = "pairs"
+    """Rows of chosen and rejected, with a `margin` where they have one; of an answer and its true or false `label`; or
+    of a conversation and numbers in the columns `attributes`."""
+    attributes: tuple[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], ...] = ()
+    """ratings only: columns of numbers, a head each, trained by squared error; a row may lack some of them."""
     center_coef: float = Field(default=0.0, ge=0)
     """Weight of (chosen + rejected score)^2, which keeps scores near zero (arXiv:2312.09244); pairs only."""
 
@@ -66,6 +69,11 @@ class RewardModel(_Offline):
     def kind_fits(self):
         if self.center_coef and self.kind != "pairs":
             raise ValueError("center_coef is defined for kind: pairs; set it to 0")
+        if (self.kind == "ratings") != bool(self.attributes):
+            raise ValueError("kind: ratings needs attributes, the columns of its numbers; no other kind has them")
+        taken = {"messages", "tools"}.intersection(self.attributes)
+        if taken or len(set(self.attributes)) < len(self.attributes):
+            raise ValueError(f"attributes {list(self.attributes)} must differ, and none may be messages or tools")
         return self
 
 

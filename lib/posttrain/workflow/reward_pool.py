@@ -1,7 +1,7 @@
 """The process that scores groups, started anew when it dies, hangs or passes its deadline."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from posttrain.compute.pool import Pool
 from posttrain.compute.workers import ActorGroup
@@ -17,12 +17,22 @@ START_SECONDS = 120
 class RewardPool:
     """One process that scores; killed and started anew when a group passes its deadline."""
 
-    def __init__(self, function: str | None, *, model: str | None = None, timeout_s: float):
+    def __init__(
+        self,
+        function: str | None,
+        *,
+        model: str | None = None,
+        weights: Mapping[str, float] | None = None,
+        timeout_s: float,
+    ):
         """
         Args:
             model: folder of a reward model, in place of a function.
+            weights: of the outputs of one that has several.
         """
-        self.worker = (RewardWorker, {"function": function}) if model is None else (RewardModel, {"folder": model})
+        self.worker = (RewardWorker, {"function": function})
+        if model is not None:
+            self.worker = (RewardModel, {"folder": model, "weights": weights})
         self.timeout_s = timeout_s
         self.workers = self._start()
         self._turn = asyncio.Lock()
