@@ -110,10 +110,6 @@ class GRPO(Section):
     """advantage teacher: a model with the policy's vocabulary, a folder (local or s3://) or run:SFTFlow/ID."""
     gae: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (1.0, 0.95)
     """advantage gae: gamma and lambda (arXiv:1506.02438)."""
-    value_coef: float = Field(default=0.1, gt=0)
-    """advantage gae: weight of the value head's loss."""
-    value_clip: float = Field(default=0.2, gt=0)
-    """advantage gae: how far from its value before the step an expected reward may be fitted; from the second epoch."""
     epochs: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of completions."""
     loss: Literal["truncated", "truncated_sequence", "clipped", "sequence"] = "truncated"
@@ -123,7 +119,8 @@ class GRPO(Section):
     """truncated, truncated_sequence: upper bound of the trainer/sampler probability ratio of a token, or of a whole
     completion."""
     clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] | None = None
-    """clipped, sequence: how far below and above 1 a ratio may be; null is 0.2 and 0.2, or 0.0003 and 0.0004."""
+    """clipped, sequence: how far below and above 1 a ratio may be; null is 0.2 and 0.2, or 0.0003 and 0.0004. With
+    advantage gae the second is also how far a value may be fitted from what it was before the step."""
     weigh: Literal["token", "sequence"] = "token"
     """Every trained token counts the same, or every completion."""
     kl_coef: float | None = Field(default=None, ge=0)
