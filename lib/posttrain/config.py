@@ -245,7 +245,7 @@ class RunConfig(Section):
         return problems
 
     def _of_hardware(self) -> list[str]:
-        problems = self.parallel.unfit(backend=self.model.backend, adapters=self.model.lora is not None)
+        problems = self.parallel.unfit(backend=self.model.backend, pack_tokens=self.data.pack_tokens)
         if self.parallel.backend != "local" and not (self.checkpoint.root or "").startswith("s3://"):
             problems.append(
                 f"parallel.backend = {self.parallel.backend} runs every step in a container of its own; "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from posttrain.data.types import Batch
 from posttrain.model.backend import Backend
-from posttrain.model.forward import Teacher, forward, loss_sum
+from posttrain.model.forward import Teacher, forward, loss_index, loss_sum
 from posttrain.model.lora import LoRA, add_lora
 from posttrain.model.losses import Loss
 from posttrain.model.peft_format import save_adapter
@@ -79,4 +79,4 @@ def document_logprobs(model: Any, batch: Batch) -> list[float]:
 
 @torch.no_grad()
 def _teacher(teacher: Any, batch: Batch) -> Teacher:
-    return Teacher(hidden=teacher(batch)[batch.loss_idx], weight=teacher.output_head.weight)
+    return Teacher(hidden=teacher(batch)[loss_index(batch)], weight=teacher.output_head.weight)

@@ -21,7 +21,8 @@ from posttrain.compute.step_timer import StepTimer
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import node_address
 from posttrain.data.batch import collate
-from posttrain.data.types import Pack
+from posttrain.data.context import with_share
+from posttrain.data.types import Batch, Pack
 from posttrain.model.backend import backend_of
 from posttrain.model.decoder import Decoder
 from posttrain.model.export import join_export
@@ -195,7 +196,7 @@ class PolicyRank:
         """
         timer = StepTimer(self.device)
         faults.point("policy.train_step", self.rank)
-        batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
+        batches = [self._batch(pack) for pack in packs]
         if self.has_reference:
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
         timer.mark("prepare")
@@ -204,13 +205,18 @@ class PolicyRank:
 
     def evaluate(self, packs: Sequence[Pack], loss: Loss, denominator: float, repeats: int = 0) -> dict[str, float]:
         """Global metrics of packs that are not trained on; the last `repeats` count nothing."""
-        batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
+        batches = [self._batch(pack) for pack in packs]
         return self.engine.evaluate(batches, loss, denominator=denominator, repeats=repeats)
 
     def document_logprobs(self, packs: Sequence[Pack]) -> list[list[float]]:
         """Of each pack, the log p of every sample's trained tokens under the current weights, nats."""
-        batches = (collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs)
-        return [document_logprobs(self.engine.model, batch) for batch in batches]
+        return [document_logprobs(self.engine.model, self._batch(pack)) for pack in packs]
+
+    def _batch(self, pack: Pack) -> Batch:
+        """A pack on this rank's device, with its share of the tokens where ranks split those."""
+        whole = collate(pack, pack_tokens=self.training.pack_tokens)
+        rank, ranks = self.sizes.context_rank(self.rank), self.sizes.context
+        return with_share(whole, rank=rank, ranks=ranks).to(self.device)
 
     def weights(self, dtype: str) -> dict[str, Tensor]:
         """Weights under Hugging Face names, on the CPU, cast to what the generator wants; none but on rank 0."""

@@ -46,9 +46,13 @@ MESHES = {
     "data4": {"data": 4},
     "data2_tensor2": {"data": 2, "tensor": 2},
     "data4_expert2": {"data": 4, "expert": 2},
+    "context2_tensor2": {"data": 1, "context": 2, "tensor": 2},
+    "data2_context2": {"data": 2, "context": 2},
+    "context4": {"data": 1, "context": 4},
 }
+SLOW = ("data4", "data2_context2", "context4")
 CASES = [
-    pytest.param(mesh, family, marks=pytest.mark.slow if mesh == "data4" else ())
+    pytest.param(mesh, family, marks=pytest.mark.slow if mesh in SLOW else ())
     for mesh in MESHES
     for family in FAMILIES
     if (family in WITH_EXPERTS) >= ("expert" in mesh)
