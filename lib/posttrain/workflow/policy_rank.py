@@ -39,6 +39,7 @@ from posttrain.workflow.policy_model import (
     Build,
     build_policy,
     document_logprobs,
+    join_adapter,
     taught_by,
     write_adapter,
 )
@@ -95,8 +96,7 @@ class PolicyRank:
             self.precision = "bfloat16" if self.device.type == "cuda" else "float32"
         split = sizes.world > sizes.data or sizes.expert > 1
         # Small models on CPUs are held whole: a gather and a reduce for every block would take longer than the block.
-        # So are those with adapters, which are small and made after the model is loaded.
-        whole = self.device.type != "cuda" or backend != "posttrain" or self.build.lora is not None
+        whole = self.device.type != "cuda" or backend != "posttrain"
         self.sharded = split or (sizes.world > 1 and not whole)
 
     def address(self) -> str:
@@ -155,9 +155,13 @@ class PolicyRank:
         )
 
     def _model(self) -> tuple[Any, Masters | None]:
-        """What is trained, in its precision. A sharded model's parameters are float32 and gathered in bfloat16."""
+        """What is trained, in its precision. A sharded model's parameters are float32 and gathered in bfloat16; what
+        stands still under adapters is bfloat16 from the start."""
         dtype = torch.bfloat16 if self.precision == "bfloat16_stochastic" else torch.float32
-        model = build_policy(self.backend, self.folder, self.build, device=self.device, dtype=dtype, **self._placed())
+        how: dict[str, Any] = self._placed()
+        if self.sharded and self.build.lora is not None and self.precision == "bfloat16":
+            dtype, how = torch.bfloat16, how | {"trained_dtype": torch.float32}
+        model = build_policy(self.backend, self.folder, self.build, device=self.device, dtype=dtype, **how)
         masters = Masters(model) if self.precision == "bfloat16" and not self.sharded else None
         return self._prepared(model), masters
 
@@ -263,6 +267,8 @@ class PolicyRank:
         if self.rank:
             if self.sharded and not storage.exists(storage.join(uri, "manifest.json")):
                 join_export(self.engine.model)
+                if self.build.lora is not None:
+                    join_adapter(self.engine.model)
             return uri
         if not storage.exists(storage.join(uri, "manifest.json")):
             with storage.staging(uri) as folder:

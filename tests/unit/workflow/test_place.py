@@ -40,7 +40,9 @@ FAMILIES["lora"] = FAMILIES["dense"]
 adapters, with all else frozen."""
 FAMILIES["idle"] = FAMILIES["sinks"]
 """Its router chooses the first two experts, so that a rank which holds others sees no token."""
-WITH_EXPERTS = ("experts", "sinks", "idle")
+FAMILIES["lora_experts"] = FAMILIES["experts"]
+"""Adapters beside frozen experts, which no target names."""
+WITH_EXPERTS = ("experts", "sinks", "idle", "lora_experts")
 
 MESHES = {
     "data4": {"data": 4},
@@ -50,7 +52,7 @@ MESHES = {
     "data2_context2": {"data": 2, "context": 2},
     "context4": {"data": 1, "context": 4},
 }
-SLOW = ("data4", "data2_context2", "context4")
+SLOW = ("data4", "context2_tensor2", "data2_context2", "context4")
 CASES = [
     pytest.param(mesh, family, marks=pytest.mark.slow if mesh in SLOW else ())
     for mesh in MESHES
@@ -80,7 +82,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def alone(folders) -> dict[str, Any]:
     """What one rank finds."""
     ranks = Ranks(rank=0, world_size=1, meeting="", timeout_s=1, device=torch.device("cpu"))
-    return {name: run(ranks, folder, {}, losses_of(name), lora=name == "lora") for name, folder in folders.items()}
+    return {
+        name: run(ranks, folder, {}, losses_of(name), lora=name.startswith("lora")) for name, folder in folders.items()
+    }
 
 
 @pytest.fixture(scope="module")
