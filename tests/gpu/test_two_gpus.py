@@ -1,4 +1,4 @@
-"""Two GPUs over NCCL: what tests/unit/workflow/test_policy_mesh.py holds of CPU processes, with compiled kernels.
+"""Two GPUs over NCCL: what tests/unit/workflow/test_mesh_ranks.py holds of CPU processes, with compiled kernels.
 
 python -m pytest tests/gpu/test_two_gpus.py -m gpu
 """
