@@ -14,7 +14,9 @@ from posttrain.model.collectives import Group, gather_rows
 from posttrain.model.context import spread
 from posttrain.model.decoder import Decoder
 from posttrain.model.head import Head, divergence_loss, logprobs_and_entropy, row_loss
+from posttrain.model.heads import VALUE
 from posttrain.model.losses import Loss
+from posttrain.model.losses.value import ValueLoss
 from posttrain.model.output import Output
 
 __all__ = ["Output", "Teacher", "forward", "logits", "loss_index", "loss_sum"]
@@ -36,22 +38,26 @@ def forward(model: Decoder, batch: Batch, *, temperature: float = 1.0, with_logp
     Args:
         temperature: the one the targets were sampled at, so that logprobs compare with
             the sampler's; 1 for everything but rollouts.
-        with_logprobs: off where only the score heads are wanted; the LM head is then not applied.
+        with_logprobs: off where only the other heads are wanted; the LM head is then not applied.
     """
-    hidden = model(batch)
-    scores = _scores(model, hidden, batch)
+    hidden, at = model(batch), loss_index(batch)
+    mine, index = _share(model, len(at)), None if batch.share is None else batch.share.row_idx
+    rows = hidden[at[mine]]
+
+    def whole(found: Tensor) -> Tensor:
+        return _whole(model, found, len(at), index, len(batch.loss_idx))
+
+    scores, values = _scores(model, hidden, batch), _values(model, rows)
+    values = None if values is None else whole(values)
     if model.output_head is None or not with_logprobs:
         empty = hidden.new_empty(0, dtype=torch.float32)
         _release(model)
-        return Output(logprobs=empty, entropy=empty, scores=scores)
+        return Output(logprobs=empty, entropy=empty, values=values, scores=scores)
     head = Head(vocab_size=model.config.vocab_size, temperature=temperature)
-    at, index = loss_index(batch), None if batch.share is None else batch.share.row_idx
-    mine = _share(model, len(at))
     targets = _targets(_held(batch).rows(mine))
-    found = logprobs_and_entropy(hidden[at[mine]], model.output_head.weight, targets, head)
+    found = logprobs_and_entropy(rows, model.output_head.weight, targets, head)
     _release(model)
-    logprobs, entropy = (_whole(model, each, len(at), index, len(batch.loss_idx)) for each in found)
-    return _output(logprobs, entropy, scores)
+    return replace(_output(*map(whole, found)), values=values, scores=scores)
 
 
 def loss_sum(
@@ -66,8 +72,8 @@ def loss_sum(
     Ranks that share the model or its tokens share the rows too: metric sums are one rank's part, to be summed over all
     ranks; they are empty where it has no row.
     """
-    if loss_fn.reads in ("scores", "documents"):
-        output = forward(model, batch, temperature=loss_fn.temperature, with_logprobs=loss_fn.reads == "documents")
+    if loss_fn.reads in ("scores", "documents", "sequences"):
+        output = forward(model, batch, temperature=loss_fn.temperature, with_logprobs=loss_fn.reads != "scores")
         loss, metrics = loss_fn(output, batch)
         copies = math.prod(group.size for group in _groups(model))  # each makes it whole, from rows that it gathered
         return scale * loss, {name: value / copies for name, value in {"loss": loss.detach(), **metrics}.items()}
@@ -84,7 +90,14 @@ def loss_sum(
         distance = _distance(loss_fn, batch, scale, sums)
         loss = divergence_loss(hidden, weight, teacher.hidden, teacher.weight, head, distance)
     else:
-        loss = row_loss(hidden, weight, _targets(batch), head, _chunk_loss(loss_fn, batch, scale, sums))
+        by_row = loss_fn.policy if isinstance(loss_fn, ValueLoss) else loss_fn
+        loss = row_loss(hidden, weight, _targets(batch), head, _chunk_loss(by_row, batch, scale, sums))
+        if isinstance(loss_fn, ValueLoss):
+            values = _values(model, hidden)
+            assert values is not None, f"a loss that reads values needs the head {VALUE!r}"
+            of_values, metrics = loss_fn.of_values(values, batch)
+            _add(sums, {"loss": of_values, **metrics})
+            loss = loss + scale * of_values
     _release(model)
     return loss, sums
 
@@ -139,7 +152,7 @@ def _chunk_loss(
     loss_fn: Loss, batch: Batch, scale: float, sums: dict[str, Tensor]
 ) -> Callable[[slice, Tensor, Tensor], Tensor]:
     def part(rows: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
-        loss, metrics = loss_fn(_output(logprobs, entropy, {}), batch.rows(rows))
+        loss, metrics = loss_fn(_output(logprobs, entropy), batch.rows(rows))
         _add(sums, {"loss": loss, **metrics})
         return scale * loss
 
@@ -170,16 +183,22 @@ def _targets(batch: Batch) -> Tensor:
     return column if batch.teacher_ids is None else torch.cat((column, batch.teacher_ids), dim=1)
 
 
-def _output(logprobs: Tensor, entropy: Tensor, scores: dict[str, Tensor]) -> Output:
+def _output(logprobs: Tensor, entropy: Tensor) -> Output:
     rest = logprobs[:, 1:] if logprobs.shape[1] > 1 else None
-    return Output(logprobs=logprobs[:, 0], entropy=entropy, teacher_logprobs=rest, scores=scores)
+    return Output(logprobs=logprobs[:, 0], entropy=entropy, teacher_logprobs=rest)
+
+
+def _values(model: Decoder, rows: Tensor) -> Tensor | None:
+    """[n] float32 of the critic at hidden rows [n, d], which is before each row's target is known; None without one."""
+    return model.heads[VALUE](rows).float().squeeze(-1) if VALUE in model.heads else None
 
 
 def _scores(model: Decoder, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Every score head at the last token of each sample, [S, k] float32."""
-    if not model.heads:
+    heads = {name: head for name, head in model.heads.items() if name != VALUE}
+    if not heads:
         return {}
     share, last = batch.share, (batch.cu_seqlens[1 : batch.num_samples + 1] - 1).long()
     at, index = (last, None) if share is None else (share.sample_at, share.sample_idx)
     mine = hidden[at[_share(model, len(at))]]
-    return {name: _whole(model, head(mine).float(), len(at), index, len(last)) for name, head in model.heads.items()}
+    return {name: _whole(model, head(mine).float(), len(at), index, len(last)) for name, head in heads.items()}

@@ -37,10 +37,13 @@ from posttrain.workflow.costs import Costs
 from posttrain.workflow.place import place
 from posttrain.workflow.policy_model import (
     Build,
+    Scores,
     build_policy,
     document_logprobs,
     join_adapter,
     taught_by,
+    token_logprobs,
+    token_values,
     write_adapter,
 )
 
@@ -122,6 +125,8 @@ class PolicyRank:
         self.reference: nn.Module | None = None
         if self.has_reference and self.build.lora is None:
             self.reference = self._frozen(self.model_uri)
+        self.teacher = None if self.build.teacher_uri is None else self._frozen(self.build.teacher_uri)
+        read = loss_sum if self.teacher is None else taught_by(self.teacher)
         optimizer = adamw(
             model.parameters() if masters is None else masters,
             lr=training.lr,
@@ -140,7 +145,7 @@ class PolicyRank:
             model,
             optimizer,
             ranks=ranks,
-            functions=ModelFunctions(forward=forward, loss_sum=self._loss_sum(), named_weights=self.backend.tensors),
+            functions=ModelFunctions(forward=forward, loss_sum=read, named_weights=self.backend.tensors),
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
             masters=masters,
@@ -155,8 +160,7 @@ class PolicyRank:
         )
 
     def _model(self) -> tuple[Any, Masters | None]:
-        """What is trained, in its precision. A sharded model's parameters are float32 and gathered in bfloat16; what
-        stands still under adapters is bfloat16 from the start."""
+        """What is trained, in its precision; sharded float32 is gathered as bfloat16, which is all that is frozen."""
         dtype = torch.bfloat16 if self.precision == "bfloat16_stochastic" else torch.float32
         how: dict[str, Any] = self._placed()
         if self.sharded and self.build.lora is not None and self.precision == "bfloat16":
@@ -201,7 +205,7 @@ class PolicyRank:
         timer = StepTimer(self.device)
         faults.point("policy.train_step", self.rank)
         batches = [self._batch(pack) for pack in packs]
-        if self.has_reference:
+        if self.has_reference and batches and batches[0].ref_logprobs is None:  # else they bring what it said
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
         timer.mark("prepare")
         metrics = self.engine.train_step(step, batches, loss, denominator=denominator, repeats=repeats, timer=timer)
@@ -219,8 +223,12 @@ class PolicyRank:
     def _batch(self, pack: Pack) -> Batch:
         """A pack on this rank's device, with its share of the tokens where ranks split those."""
         whole = collate(pack, pack_tokens=self.training.pack_tokens)
-        rank, ranks = self.sizes.context_rank(self.rank), self.sizes.context
-        return with_share(whole, rank=rank, ranks=ranks).to(self.device)
+        return with_share(whole, rank=self.sizes.context_rank(self.rank), ranks=self.sizes.context).to(self.device)
+
+    def token_scores(self, packs: Sequence[Pack], names: Sequence[str], temperature: float) -> list[Scores]:
+        """Of each pack what `names` say of its trained tokens, before a step; see Policy.token_scores()."""
+        batches = map(self._batch, packs)
+        return [{name: self._score(name, b, temperature).cpu().numpy() for name in names} for b in batches]
 
     def weights(self, dtype: str) -> dict[str, Tensor]:
         """Weights under Hugging Face names, on the CPU, cast to what the generator wants; none but on rank 0."""
@@ -267,8 +275,7 @@ class PolicyRank:
         if self.rank:
             if self.sharded and not storage.exists(storage.join(uri, "manifest.json")):
                 join_export(self.engine.model)
-                if self.build.lora is not None:
-                    join_adapter(self.engine.model)
+                join_adapter(self.engine.model)
             return uri
         if not storage.exists(storage.join(uri, "manifest.json")):
             with storage.staging(uri) as folder:
@@ -278,13 +285,16 @@ class PolicyRank:
                 storage.publish(folder, uri, **facts)
         return uri
 
-    def _loss_sum(self) -> Any:
-        uri = self.build.teacher_uri
-        return loss_sum if uri is None else taught_by(self._frozen(uri))
+    def _score(self, name: str, batch: Batch, temperature: float) -> Tensor:
+        if name == "values":
+            return token_values(self.engine.model, batch)
+        if name == "ref_logprobs":
+            return self._ref_logprobs(batch, temperature)
+        assert name == "teacher", f"no rank knows {name!r} of a token"
+        return token_logprobs(self.teacher, batch, temperature=temperature)
 
-    def _ref_logprobs(self, batch: Any, temperature: float) -> Tensor:
+    def _ref_logprobs(self, batch: Batch, temperature: float) -> Tensor:
         if self.reference is None:
             with adapters_off(self.engine.model):
                 return self.engine.logprobs(batch, temperature=temperature)
-        with torch.no_grad():
-            return forward(self.reference, batch, temperature=temperature).logprobs  # pyright: ignore[reportArgumentType]
+        return token_logprobs(self.reference, batch, temperature=temperature)
