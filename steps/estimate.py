@@ -119,9 +119,11 @@ def changes(config: RunConfig, setup: Setup, usable: float) -> list[dict[str, An
     if setup.activation_checkpointing != "full":
         single.append(("optim.activation_checkpointing: full", _checkpointing("full")))
     single.append((f"{2 * setup.data} data ranks on as many GPUs", _twice_the_ranks))
-    if hasattr(config.parallel, "tensor"):
-        twice = 2 * setup.tensor
-        single.append((f"parallel.tensor: {twice}, twice the GPUs", lambda old: replace(old, tensor=twice)))
+    twice = 2 * setup.tensor
+    single.append((f"parallel.tensor: {twice}, twice the GPUs", lambda old: replace(old, tensor=twice)))
+    if setup.pack_tokens % (4 * setup.context) == 0:
+        more = 2 * setup.context
+        single.append((f"parallel.context: {more}, twice the GPUs", lambda old: replace(old, context=more)))
     found = [_change(name, memory(model, change(setup)), usable) for name, change in single]
     together, names = setup, []
     for name, change in [each for each in single if "selective" not in each[0]]:
@@ -211,10 +213,10 @@ def _stages(config: RunConfig) -> list[Stage]:
 
 def _setup(config: RunConfig, stages: list[Stage], gpus: int | None) -> Setup:
     parallel, rl = config.parallel, config.method.name == "grpo"
-    tensor = parallel.tensor
-    if gpus is not None and gpus < tensor:
-        raise ConfigError(f"--gpus {gpus}: parallel.tensor = {tensor} GPUs are one rank")
-    ranks = parallel.data_ranks if gpus is None else gpus // tensor
+    together = parallel.ranks_per_pack
+    if gpus is not None and gpus < together:
+        raise ConfigError(f"--gpus {gpus}: parallel.tensor times parallel.context = {together} GPUs share a pack")
+    ranks = parallel.data_ranks if gpus is None else gpus // together
     asked = parallel.gpus if gpus is None else gpus
     share = max(stage.loss_share for stage in stages)
     return Setup(
@@ -224,10 +226,11 @@ def _setup(config: RunConfig, stages: list[Stage], gpus: int | None) -> Setup:
         precision="bfloat16" if config.optim.precision == "auto" else config.optim.precision,
         activation_checkpointing=config.optim.activation_checkpointing,
         data=ranks,
-        tensor=tensor,
+        tensor=parallel.tensor,
+        context=parallel.context,
         expert=parallel.expert,
         reference=isinstance(config.method, GRPO) and config.method.kl_coef is not None,
-        generator=rl and asked <= ranks * tensor,
+        generator=rl and asked <= ranks * together,
     )
 
 

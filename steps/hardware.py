@@ -48,7 +48,7 @@ def hardware(parallel: Parallel, generators: int = 1) -> Hardware:
             placement="PACK" if gpus else "SPREAD",  # GPUs of a node talk over NVLink; cores are for sharing the work
         ),
         generator=Pool(gpus=0 if not gpus else 1 if alone else 0.4, threads=cores, orchestrator=parallel.orchestrator),
-        sizes=Sizes(data=parallel.data_ranks, tensor=parallel.tensor, expert=parallel.expert),
+        sizes=Sizes(data=parallel.data_ranks, context=parallel.context, tensor=parallel.tensor, expert=parallel.expert),
         sizes_on_one_node=_on_one_node(parallel),
         data_workers=workers,
     )
@@ -56,5 +56,6 @@ def hardware(parallel: Parallel, generators: int = 1) -> Hardware:
 
 def _on_one_node(parallel: Parallel) -> Sizes:
     """Fewer data ranks where one node has not the GPUs, and experts shared among as many of them as divide both."""
-    data = min(parallel.data_ranks, parallel.gpus_per_node // parallel.tensor or parallel.data_ranks)
-    return Sizes(data=data, tensor=parallel.tensor, expert=gcd(data, parallel.expert))
+    data = min(parallel.data_ranks, parallel.gpus_per_node // parallel.ranks_per_pack or parallel.data_ranks)
+    expert = gcd(data, parallel.expert)
+    return Sizes(data=data, context=parallel.context, tensor=parallel.tensor, expert=expert)

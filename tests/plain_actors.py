@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from pathlib import Path
 
+from posttrain.compute import out_of_memory
 from posttrain.errors import DataError
 
 
@@ -45,6 +47,21 @@ class Worker:
             time.sleep(0.5)
             self.die()
         raise RuntimeError("connection closed by peer")
+
+
+class Starved(Worker):
+    """Lives in a folder that looks like a cgroup, where it dies as the kernel lets a process die that took too much."""
+
+    def __init__(self, rank: int, cgroups: str):
+        super().__init__(rank)
+        self.events = Path(cgroups, "memory.events")
+        Path(cgroups, "self").write_text("0::/\n")
+        self.events.write_text("oom_kill 0\n")
+        out_of_memory.CGROUPS, out_of_memory.PROC_CGROUP = cgroups, f"{cgroups}/self"
+
+    def take_too_much(self) -> None:
+        self.events.write_text("oom_kill 1\n")
+        self.die()
 
 
 class Unstartable:

@@ -10,10 +10,12 @@ from actors import engine_over
 from posttrain.compute.collective import Ranks, clip_grad_norm
 from posttrain.compute.mesh import Sizes, make_mesh
 from posttrain.data.batch import collate
+from posttrain.data.context import with_share
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
-from posttrain.model.collectives import fill, full
+from posttrain.model.collectives import Group, fill, full
+from posttrain.model.context import gather_tokens
 from posttrain.model.forward import forward, logits, loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.lora import LoRA, adapters, add_lora, reset_adapters
@@ -63,10 +65,17 @@ def run(ranks: Ranks, folder: str, sizes: dict[str, int], losses: list[str], lor
     for number, (_, _, adapter) in enumerate(adapters(model)):  # they start at zero, where half of them has no gradient
         fill(adapter.b, 0.1 * torch.randn(adapter.b.shape, generator=torch.Generator().manual_seed(number)))
     share = slice(None) if mesh is None else slice(mesh.sizes.data_rank(ranks.rank), None, mesh.sizes.data)
+
+    def batch_of(each: Pack) -> Batch:
+        whole, on = collate(each, pack_tokens=PACK_TOKENS), Sizes(data=1) if mesh is None else mesh.sizes
+        return with_share(whole, rank=on.context_rank(ranks.rank), ranks=on.context)
+
     found: dict[str, Any] = {"held": {name: tuple(held(p).shape) for name, p in model.named_parameters()}}
     packs = packs_of(0, model.config.vocab_size)
-    batches = [collate(each, pack_tokens=PACK_TOKENS) for each in packs]
+    batches = [batch_of(each) for each in packs]
     found["logits"] = logits(model, batches[0])
+    if mesh is not None:
+        found["logits"] = gather_tokens(found["logits"], Group.of(mesh.context))
     output = forward(model, batches[1])
     found["logprobs"], found["entropy"], found["scores"] = output.logprobs, output.entropy, output.scores["score"]
     for name in losses:
@@ -76,7 +85,7 @@ def run(ranks: Ranks, folder: str, sizes: dict[str, int], losses: list[str], lor
     for step in range(3):
         packs = packs_of(step, model.config.vocab_size)
         total = sum(each.loss_tokens for each in packs)
-        mine = [collate(each, pack_tokens=PACK_TOKENS) for each in packs[share]]
+        mine = [batch_of(each) for each in packs[share]]
         metrics = engine.train_step(step, mine, LOSSES[losses[0]], denominator=total)
         found["steps"].append({key: value for key, value in metrics.items() if not key.startswith("time/")})
         found["logprobs_after"] = engine.logprobs(batches[1], temperature=1.0)  # and the next step sees new weights
@@ -97,7 +106,12 @@ def gradient(ranks: Ranks, model, batches: list[Batch], loss_fn) -> dict[str, An
     norm = clip_grad_norm(model.parameters(), 0.1)
     clipped = torch.stack([full(p.grad).square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
     model.zero_grad(set_to_none=True)
-    metrics = dict(zip(sums, ranks.sum(list(sums.values())), strict=True))
+    names = sorted(sums)
+    if ranks.world_size > 1:  # a rank that has no row of loss knows no name
+        known: list[list[str]] = [[] for _ in range(ranks.world_size)]
+        torch.distributed.all_gather_object(known, names)
+        names = max(known, key=len)
+    metrics = dict(zip(names, ranks.sum([sums.get(name, 0.0) for name in names]), strict=True))
     return {"metrics": metrics, "gradient": whole, "norm": norm, "clipped": clipped}
 
 

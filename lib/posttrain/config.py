@@ -274,7 +274,7 @@ class RunConfig(Section):
         return problems
 
     def _of_hardware(self) -> list[str]:
-        problems = self.parallel.unfit(backend=self.model.backend, adapters=self.model.lora is not None)
+        problems = self.parallel.unfit(backend=self.model.backend, pack_tokens=self.data.pack_tokens)
         gpus, ranks, generators = self.parallel.gpus, self.parallel.ranks, self.rollout.generators
         if self.method.name == "grpo" and gpus and generators > max(ranks, gpus - ranks):
             problems.append(

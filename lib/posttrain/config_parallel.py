@@ -19,6 +19,8 @@ class Parallel(Section):
     """Data-parallel policy ranks, over all nodes; auto is as many as the GPUs allow, one on CPUs."""
     tensor: int = Field(default=1, ge=1)
     """Ranks that share every matrix of a block, for each data-parallel rank; they should be GPUs of one node."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share the tokens of every pack, for each data-parallel rank, where a document is too long for one."""
     expert: int = Field(default=1, ge=1)
     """Data-parallel ranks that share the experts of a mixture-of-experts model."""
     nodes: int = Field(default=1, ge=1)
@@ -42,18 +44,24 @@ class Parallel(Section):
     @property
     def data_ranks(self) -> int:
         """`data`, with auto worked out."""
-        return self.data if self.data != "auto" else max(self.gpus // self.tensor, 1)
+        return self.data if self.data != "auto" else max(self.gpus // self.ranks_per_pack, 1)
+
+    @property
+    def ranks_per_pack(self) -> int:
+        """Ranks that work on one pack together: `tensor` times `context`."""
+        return self.tensor * self.context
 
     @property
     def ranks(self) -> int:
         """Policy ranks in all."""
-        return self.data_ranks * self.tensor
+        return self.data_ranks * self.ranks_per_pack
 
-    def unfit(self, *, backend: str, adapters: bool) -> list[str]:
-        """What the ranks cannot do: problems in words, of this section and of it with the model's."""
+    def unfit(self, *, backend: str, pack_tokens: int) -> list[str]:
+        """What the ranks cannot do: problems in words, of this section and of it with the model's and the data's."""
         problems = []
         what = f"parallel.data = {self.data_ranks}"
         what += f" times parallel.tensor = {self.tensor}" if self.tensor > 1 else ""
+        what += f" times parallel.context = {self.context}" if self.context > 1 else ""
         if self.gpus and self.ranks > self.gpus:
             problems.append(f"{what} ranks need as many GPUs; the run asks for {self.gpus}")
         if self.gpus_per_node and self.tensor > self.gpus_per_node:
@@ -61,14 +69,16 @@ class Parallel(Section):
                 f"parallel.tensor = {self.tensor} exceeds parallel.gpus_per_node = {self.gpus_per_node}: "
                 "ranks that share matrices must be on one node"
             )
-        if max(self.tensor, self.expert) > 1 and backend == "transformers":
+        if max(self.tensor, self.context, self.expert) > 1 and backend == "transformers":
             problems.append(
-                "parallel.tensor and parallel.expert split posttrain's own decoder only; set both to 1, or "
-                "model.backend: posttrain"
+                "parallel.tensor, parallel.context and parallel.expert split posttrain's own decoder only; set all to "
+                "1, or model.backend: posttrain"
             )
-        if max(self.tensor, self.expert) > 1 and adapters:
+        if self.context > 1 and pack_tokens % (2 * self.context):
             problems.append(
-                "parallel.tensor and parallel.expert do not split adapters; set both to 1, or model.lora: null"
+                f"data.pack_tokens = {pack_tokens} is no multiple of {2 * self.context}: parallel.context = "
+                f"{self.context} ranks share a pack as two chunks each; choose "
+                f"{pack_tokens + -pack_tokens % (2 * self.context)}"
             )
         if self.data_ranks % self.expert:
             problems.append(

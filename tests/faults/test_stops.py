@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from posttrain.workflow.stopping import EXIT_CODE
 from runs import ROOT, Prepared, metrics, prepared, result_of, run_step, small_config
 from saves import files_of
+from small_disk import small_disk
 
 STEPS = 8
 CONFIG = small_config(**{"warmup.num_steps": STEPS, "checkpoint.every_steps": 3})
@@ -185,36 +185,25 @@ def test_a_stopped_rank_ends_the_run_at_the_deadline_with_its_host_and_all_stack
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path):
-    """A folder's checkpoints on a tmpfs; returns what sets its size."""
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"mounting a tmpfs is not allowed here: {made.stderr.decode()}")
-
-    def size(kib: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={kib}k", str(folder)], check=True)
-
-    yield size
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def disk_size(tmp_path: Path):
+    """Puts the checkpoints on a tmpfs; sets its size."""
+    with small_disk(tmp_path / "checkpoints") as size:
+        yield size
 
 
 @pytest.mark.slow
 def test_a_full_disk_costs_saves_and_not_the_run_and_with_room_it_goes_on(
-    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, small_disk
+    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, disk_size
 ):
     state_kib = sum(map(len, uninterrupted["state"].values())) // 1024
-    small_disk(int(1.5 * state_kib))
+    disk_size(int(1.5 * state_kib))
     full = train(base, tmp_path)
     assert full.returncode == 1 and "StorageError" in full.stderr and "are needed and" in full.stderr
     assert "WARNING: a checkpoint failed" in full.stdout and f"warmup {STEPS}/{STEPS}" in full.stdout
     assert steps_saved(tmp_path) == ["step_000003"], "the good one stays"
     seen = metrics(tmp_path / "metrics" / "warmup.jsonl")
     assert [row.get("checkpoint/failures") for row in seen] == [None] * 6 + [1.0, 1.0]
-    small_disk(10 * state_kib)
+    disk_size(10 * state_kib)
     resumed = train(base, tmp_path)
     assert f"continuing after step 3 of {STEPS}" in resumed.stdout
     result_of(resumed)

@@ -63,6 +63,9 @@ def test_every_file_in_configs_parses(path, monkeypatch):
         ({"parallel.gpus_per_node": 2, "parallel.tensor": 2}, "parallel.data = 2 times parallel.tensor = 2 ranks need"),
         ({"parallel.nodes": 4, "parallel.gpus_per_node": 1, "parallel.tensor": 2}, "must be on one node"),
         ({"parallel.tensor": 2, "model.backend": "transformers"}, "split posttrain's own decoder only"),
+        ({"parallel.context": 2, "model.backend": "transformers"}, "split posttrain's own decoder only"),
+        ({"parallel.context": 3, "data.pack_tokens": 64}, "data.pack_tokens = 64 is no multiple of 6"),
+        ({"parallel.gpus_per_node": 2, "parallel.context": 2}, "times parallel.context = 2 ranks need as many GPUs"),
         ({"parallel.expert": 3}, "parallel.expert = 3 does not divide parallel.data = 2"),
         ({"parallel.backend": "kubernetes"}, "set checkpoint.root to an s3:// prefix that all can reach"),
         ({"parallel.backend": "kubernetes", "checkpoint.root": "/disk"}, "set checkpoint.root to an s3:// prefix"),
@@ -335,3 +338,5 @@ def test_data_auto_takes_every_gpu_that_tensor_leaves():
     config = load({"parallel.data": "auto", "parallel.gpus_per_node": 4, "parallel.nodes": 2, "parallel.tensor": 2})
     assert (config.parallel.data_ranks, config.parallel.ranks) == (4, 8)
     assert load({"parallel.data": "auto"}).parallel.ranks == 1
+    config = load({"parallel.data": "auto", "parallel.gpus_per_node": 8, "parallel.tensor": 2, "parallel.context": 2})
+    assert (config.parallel.data_ranks, config.parallel.ranks) == (2, 8)

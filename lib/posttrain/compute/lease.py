@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import s3, storage
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, PosttrainError
 
 RENEW_S = 10.0
 EXPIRE_S = 60.0
@@ -71,9 +71,13 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self.lost is None:
-            self._content["released"] = True
+        if self.lost is not None:
+            return
+        self._content["released"] = True
+        try:
             self._update()
+        except (OSError, PosttrainError) as error:  # often the very fault that ends the run, which must be heard
+            print(f"{self.uri} could not be released, so the next writer watches it for a minute: {error}", flush=True)
 
     @contextmanager
     def committing(self) -> Iterator[None]:

@@ -34,6 +34,10 @@ class Sizes:
         rest, expert = divmod(rank // self.tensor, self.expert)
         return rest // self.context * self.expert + expert
 
+    def context_rank(self, rank: int) -> int:
+        """Which tokens of a pack a rank has."""
+        return rank // (self.tensor * self.expert) % self.context
+
     def check(self, world: int) -> None:
         """Refuse sizes that do not lay out `world` ranks.
 

@@ -2,16 +2,18 @@
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from posttrain.compute.out_of_memory import OomCount, killed_since, oom_count
 
 LINES = 20
 """Of a log, from its end."""
 READ_BYTES = 64 * 1024
 FETCH_S = 10.0
-"""For the log of another node, seconds."""
+"""For what is read on another node, seconds."""
 RAY_MARKS = (":job_id:", ":actor_name:", ":task_name:")
 """Lines that Ray writes into an actor's log for itself."""
 
@@ -25,6 +27,8 @@ class Whereabouts:
     node_id: str
     logs: tuple[str, ...]
     """Files of its standard output and error, on its own node."""
+    oom: OomCount | None = None
+    """What the kernel's out-of-memory killer had done by then."""
 
 
 def whereabouts(_actor: Any) -> Whereabouts:
@@ -40,25 +44,35 @@ def whereabouts(_actor: Any) -> Whereabouts:
         if os.path.isfile(file) and file not in logs:
             logs.append(file)
     node_id = ray.get_runtime_context().get_node_id()
-    return Whereabouts(host=socket.gethostname(), pid=os.getpid(), node_id=node_id, logs=tuple(logs))
+    return Whereabouts(host=socket.gethostname(), pid=os.getpid(), node_id=node_id, logs=tuple(logs), oom=oom_count())
 
 
 def last_words(where: Whereabouts) -> str:
-    """The last lines of an actor's log, read on whichever node it is on, or why there are none."""
+    """The last lines of an actor's log, or why there are none."""
     if not where.logs:
         return "its log is not a file on this system"
+    return _on_its_node(where, tail, where.logs, what=f"its log {where.logs[0]}")
+
+
+def cause_of_death(where: Whereabouts) -> str:
+    """What its machine says of a dead actor's end: that the memory was full; empty for nothing."""
+    return "" if where.oom is None else _on_its_node(where, killed_since, where.oom, what=where.oom.file)
+
+
+def _on_its_node(where: Whereabouts, read: Callable[[Any], str], of: Any, *, what: str) -> str:
+    """read(of) on whichever node an actor is on, or why it could not be."""
     if where.host == socket.gethostname():
-        return tail(where.logs)
+        return read(of)
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(where.node_id, soft=False)
-    read = ray.remote(tail).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    remote = ray.remote(read).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
     try:
-        return ray.get(read.remote(where.logs), timeout=FETCH_S)
+        return ray.get(remote.remote(of), timeout=FETCH_S)
     except RayError as error:
-        return f"its log {where.logs[0]} on {where.host} could not be read: {type(error).__name__}"
+        return f"{what} on {where.host} could not be read: {type(error).__name__}"
 
 
 def tail(files: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.compute.pool import Places, Pool, environment
 from posttrain.compute.stacks import print_stacks, watched
 from posttrain.compute.verl_workers import VerlWorkers
-from posttrain.compute.whereabouts import Whereabouts, last_words, whereabouts
+from posttrain.compute.whereabouts import Whereabouts, cause_of_death, last_words, whereabouts
 from posttrain.deadline import DeadlineError, within
 from posttrain.errors import ComputeError, PosttrainError, WorkerDiedError, WorkerHungError
 
@@ -156,6 +156,7 @@ class ActorGroup:
             place, said = "it never came up, so its host and log are not known", ""
         else:
             place, said = f"host {where.host}, pid {where.pid}", last_words(where)
+            details = details or (cause_of_death(where) if kind is WorkerDiedError else "")
         return kind("\n".join(part for part in (f"{self.name} {rank}{what} [{place}]", details, said) if part))
 
 

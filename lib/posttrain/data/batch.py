@@ -1,5 +1,7 @@
 """A pack becomes a Batch of tensors. The only padding in the repository."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -27,7 +29,7 @@ def collate(pack: Pack, *, pack_tokens: int) -> Batch:
 
     mask = flat("loss_mask", np.float32)
     loss_idx = np.flatnonzero(mask)
-    extra = {
+    extra: dict[str, Any] = {
         name: torch.from_numpy(flat(name, np.float32)[loss_idx])
         for name in ("sampler_logprobs", "advantages", "ref_logprobs", "values", "returns")
         if getattr(pack.samples[0], name) is not None

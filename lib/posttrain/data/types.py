@@ -78,6 +78,24 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one rank of a context group computes of a Batch: indices, made on the host (data/context.py)."""
+
+    chunks: tuple[tuple[int, int], tuple[int, int]]
+    """Where its two runs of tokens begin and end in the pack."""
+    token_idx: Tensor
+    """[T / ranks] int64, its tokens, ascending."""
+    row_idx: Tensor
+    """[M] int64, which of the batch's N loss positions are among them."""
+    row_at: Tensor
+    """[M] int64, where among its tokens those are."""
+    sample_idx: Tensor
+    """[K] int64, which of the S samples have their last token among them."""
+    sample_at: Tensor
+    """[K] int64, where among its tokens those are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One pack as tensors of fixed T, flat (no batch dimension), on one device."""
 
@@ -115,8 +133,10 @@ class Batch:
     """[N, K] float32, nats, what the teacher gives them."""
     fields: dict[str, Tensor] = field(default_factory=dict)
     """[S] float32 each, one number a sample, in the order of doc_id; none for the padded tail."""
+    share: Share | None = None
+    """Of the rank that has the batch, where tokens are split over ranks; every other column is whole on all of them."""
 
-    def rows(self, chosen: slice) -> "Batch":
+    def rows(self, chosen: slice | Tensor) -> "Batch":
         """The same batch with its [N] columns cut to `chosen`: what a loss reads of a chunk of loss rows."""
         names = ("loss_idx", "loss_mask", "sampler_logprobs", "ref_logprobs", "advantages")
         names += ("values", "returns", "teacher_ids", "teacher_logprobs")
@@ -125,13 +145,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
-        moved = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if isinstance(value, dict):
-                value = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
-            moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        return Batch(**moved)
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,3 +183,16 @@ class Rollout:
     """None until scored; a failed reward drops the group and is never 0."""
     parts: dict[str, float] = field(default_factory=dict)
     """Named components of the reward."""
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """Every tensor of a value on `device`."""
+    match value:
+        case Tensor():
+            return value.to(device, non_blocking=True)
+        case dict():
+            return {key: _moved(each, device) for key, each in value.items()}
+        case Batch() | Share():
+            return type(value)(**{name: _moved(getattr(value, name), device) for name in value.__dataclass_fields__})
+        case _:
+            return value

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.data.types import Batch
-from posttrain.model.attention_flash import flash_attention
+from posttrain.model.attention_flash import Segments, flash_attention, segments
 from posttrain.model.attention_flex import block_mask, flex
 from posttrain.model.attention_rows import rows_attention
 from posttrain.model.collectives import Group, copy_in, local
+from posttrain.model.context import gather_tokens
 from posttrain.model.families import DecoderConfig
 from posttrain.model.layers import Linear, RMSNorm, joint
 from posttrain.model.rope import rotate
@@ -42,16 +43,22 @@ class Layout:
     and every new longest document would compile another."""
     masks: dict[int | None, Any] = field(default_factory=dict)
     """window -> BlockMask, for `flex`."""
+    queries: Tensor | None = None
+    """[T / n] int64, the tokens that this rank has queries of, where ranks share a pack; keys are always of all."""
+    segments: tuple[Segments, ...] = ()
+    """For `varlen`: runs of queries, and the keys that each may see."""
 
     @staticmethod
     def of(batch: Batch, *, backend: str, windows: set[int | None]) -> "Layout":
         """Read a batch once for all layers of a model with these window sizes."""
-        masks = {}
+        masks, runs = {}, ()
+        queries = None if batch.share is None else batch.share.token_idx
         if backend == "varlen":
-            torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # one graph for any number of documents
+            held = ((0, len(batch.input_ids)),) if batch.share is None else batch.share.chunks
+            runs = tuple(segments(batch.cu_seqlens, run) for run in held)
         if backend == "flex":
             starts = batch.cu_seqlens[batch.doc_id]
-            masks = {window: block_mask(starts, window) for window in windows}
+            masks = {window: block_mask(starts, window, queries) for window in windows}
         return Layout(
             backend=backend,
             doc_id=batch.doc_id,
@@ -59,6 +66,8 @@ class Layout:
             cu_seqlens=batch.cu_seqlens,
             longest=torch.tensor(batch.max_doc_len, device="cpu"),
             masks=masks,
+            queries=queries,
+            segments=runs,
         )
 
 
@@ -68,21 +77,21 @@ def attend(
     """Causal attention within documents.
 
     Args:
-        q: [T, H, head_dim]; k, v: [T, H_kv, head_dim]; H is a multiple of H_kv.
+        q: [T, H, head_dim], or of layout.queries alone; k, v: [T, H_kv, head_dim]; H is a multiple of H_kv.
         window: a token sees itself and window - 1 before it; None for the whole document.
         scale: on q k^T.
         sinks: [H] logits that join each softmax and carry no value (GPT-OSS), or None.
 
     Returns:
-        [T, H, head_dim] in q's dtype.
+        What q is, in its shape and dtype.
     """
     if layout.backend == "flex":
         return flex(q, k, v, layout.masks[window], scale=scale, sinks=sinks)
     if layout.backend == "varlen":
-        return flash_attention(q, k, v, layout.cu_seqlens, layout.longest, window=window, scale=scale, sinks=sinks)
+        return flash_attention(q, k, v, layout.segments, layout.longest, window=window, scale=scale, sinks=sinks)
     assert layout.backend == "sdpa", f"attention backend {layout.backend!r} is none of {BACKENDS}"
     rows = (layout.doc_id, layout.position_ids, len(layout.cu_seqlens) - 1, int(layout.longest))
-    return rows_attention(q, k, v, rows, window=window, scale=scale, sinks=sinks)
+    return rows_attention(q, k, v, rows, layout.queries, window=window, scale=scale, sinks=sinks)
 
 
 def default_backend(device: torch.device, dtype: torch.dtype, *, compiled: bool) -> str:
@@ -111,12 +120,16 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.sinks else None
         self.tensor: Group | None = None
         """Ranks that hold the other heads (model/parallel.py)."""
+        self.context: Group | None = None
+        """Ranks that hold the other tokens."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         heads = (x.shape[0], -1, self.head_dim)
         x = copy_in(x, self.tensor)
         q, k, v = (part.reshape(heads) for part in joint(x, (self.q_proj, self.k_proj, self.v_proj)))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if self.context is not None:  # one message for both
+            k, v = gather_tokens(torch.cat((k, v), dim=1), self.context).chunk(2, dim=1)
         sinks = None if self.sinks is None else local(self.sinks)
         out = attend(q, k, v, layout, window=self.window, scale=self.scale, sinks=sinks)
         return self.o_proj(out.reshape(x.shape[0], -1))

@@ -7,15 +7,44 @@ formulas (FlashAttention-2, arXiv:2307.08691, algorithm 2), given out' and lse',
 dv of the softmax with the sink, and dsink = -sum exp(sink - lse') * rowsum(dout * out').
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A run of a pack's tokens as queries, and the keys that each document's may see."""
+
+    cu_queries: Tensor
+    """[D+1] int32, where each document's queries begin in the run; a document outside it has none."""
+    cu_keys: Tensor
+    """[D+1] int32, where each document's keys begin in the pack; the run's last query sees the last of them."""
+    queries: int
+    """Tokens of the run."""
+    keys: int
+    """Tokens of the pack from its beginning to the run's end; no later key is seen."""
+
+
+def segments(cu_seqlens: Tensor, run: tuple[int, int]) -> Segments:
+    """The Segments of the tokens from run[0] to run[1] of a pack.
+
+    The kernel aligns a document's causal mask at the end of its keys, so they are cut where the run ends.
+    """
+    start, end = run
+    bounds = cu_seqlens.clamp(start, end) - start, cu_seqlens.clamp(max=end)
+    for each in bounds:
+        torch._dynamo.maybe_mark_dynamic(each, 0)  # one graph for any number of documents
+    return Segments(*bounds, queries=end - start, keys=end)
 
 
 def flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
+    runs: Sequence[Segments],
     longest: Tensor,
     *,
     window: int | None,
@@ -25,23 +54,34 @@ def flash_attention(
     """attend() by document boundaries, [T, H, head_dim] bfloat16 or float16 on CUDA.
 
     Args:
-        cu_seqlens: [D+1] int32.
+        runs: of the queries, in order; k and v are of the whole pack.
         longest: at least the longest document, tokens; a scalar on the CPU.
     """
     left = -1 if window is None else window - 1
     sinks32 = None if sinks is None else sinks.float()
-    out, *_ = _flash(q, k, v, cu_seqlens, longest, sinks32, left, scale)
-    return out
+    found = []
+    for run, part in zip(runs, q.split([run.queries for run in runs]), strict=True):
+        keys = (k[: run.keys], v[: run.keys])
+        found.append(_flash(part, *keys, run.cu_queries, run.cu_keys, longest, sinks32, left, scale)[0])
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @torch.library.custom_op("posttrain::flash_attention", mutates_args=())
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: Tensor, sinks: Tensor | None, left: int, scale: float
+def _flash(  # noqa: PLR0913 (what the kernel takes)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest: Tensor,
+    sinks: Tensor | None,
+    left: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, H, head_dim], lse [H, T] float32 with the sink in it, and the kernel's random state, unused."""
     window, max_len = {"window_size_left": left, "window_size_right": 0}, int(longest)
     out, lse, state, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu, cu, max_len, max_len, 0.0, True, return_debug_mask=False, scale=scale, **window
+        q, k, v, cu_q, cu_k, max_len, max_len, 0.0, True, return_debug_mask=False, scale=scale, **window
     )
     if sinks is not None:
         with_sink = torch.logaddexp(lse, sinks[:, None])
@@ -51,7 +91,7 @@ def _flash(
 
 
 @_flash.register_fake
-def _(q, k, v, cu, longest, sinks, left, scale):
+def _(q, k, v, cu_q, cu_k, longest, sinks, left, scale):  # noqa: PLR0913
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return torch.empty_like(q), lse, torch.empty((2,), dtype=torch.uint64, device=q.device)
 
@@ -64,7 +104,8 @@ def _flash_backward(  # noqa: PLR0913 (what the kernel takes)
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
     longest: Tensor,
     state: Tensor,
     left: int,
@@ -73,31 +114,31 @@ def _flash_backward(  # noqa: PLR0913 (what the kernel takes)
     window, max_len = {"window_size_left": left, "window_size_right": 0}, int(longest)
     unused = q.new_empty(0)
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, cu, cu, max_len, max_len, 0.0, True, state, unused, scale=scale, **window
+        grad, q, k, v, out, lse, cu_q, cu_k, max_len, max_len, 0.0, True, state, unused, scale=scale, **window
     )
 
 
 @_flash_backward.register_fake
-def _(grad, q, k, v, out, lse, cu, longest, state, left, scale):  # noqa: PLR0913
+def _(grad, q, k, v, out, lse, cu_q, cu_k, longest, state, left, scale):  # noqa: PLR0913
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu, longest, sinks, ctx.left, ctx.scale = inputs
+    q, k, v, cu_q, cu_k, longest, sinks, ctx.left, ctx.scale = inputs
     out, lse, state = output
-    ctx.save_for_backward(q, k, v, cu, longest, sinks, out, lse, state)
+    ctx.save_for_backward(q, k, v, cu_q, cu_k, longest, sinks, out, lse, state)
     ctx.mark_non_differentiable(lse, state)
 
 
 def _gradients(ctx, grad, *_):
-    q, k, v, cu, longest, sinks, out, lse, state = ctx.saved_tensors
+    q, k, v, cu_q, cu_k, longest, sinks, out, lse, state = ctx.saved_tensors
     grad = grad.contiguous()
-    dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, cu, longest, state, ctx.left, ctx.scale)
+    dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, longest, state, ctx.left, ctx.scale)
     dsinks = None
     if sinks is not None:
         rowsum = (grad.float() * out.float()).sum(-1)
         dsinks = -((sinks[:, None] - lse).exp().T * rowsum).sum(0)
-    return dq, dk, dv, None, None, dsinks, None, None
+    return dq, dk, dv, None, None, None, dsinks, None, None
 
 
 _flash.register_autograd(_gradients, setup_context=_save)

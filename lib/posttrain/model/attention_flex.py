@@ -10,7 +10,7 @@ BLOCK = 128
 """Rows and columns of a block of the mask, FlexAttention's own default."""
 
 
-def block_mask(starts: Tensor, window: int | None) -> Any:
+def block_mask(starts: Tensor, window: int | None, queries: Tensor | None = None) -> Any:
     """A BlockMask for causal attention inside documents, within `window`, from the geometry of the documents.
 
     The first token that token q may see, lower(q), never falls from one q to the next, so its values at the
@@ -19,23 +19,24 @@ def block_mask(starts: Tensor, window: int | None) -> Any:
 
     Args:
         starts: [T] integer, where each token's document begins.
+        queries: [Q] int64, ascending, the tokens that the mask has rows of; None for all.
     """
     length, device = len(starts), starts.device
-    queries = torch.arange(length, device=device)
-    lower = starts.long() if window is None else torch.maximum(starts.long(), queries - window + 1)
-    count = -(-length // BLOCK)
-    blocks = torch.arange(count, device=device)
-    first = lower[blocks * BLOCK]
-    last = lower[(blocks * BLOCK + BLOCK - 1).clamp(max=length - 1)]
-    columns = blocks[None, :]
-    seen = (columns >= (first // BLOCK)[:, None]) & (columns <= blocks[:, None])
-    whole = (columns * BLOCK >= last[:, None]) & (columns < blocks[:, None])
+    rows = torch.arange(length, device=device) if queries is None else queries
+    lower = starts.long()[rows]
+    lower = lower if window is None else torch.maximum(lower, rows - window + 1)
+    begins = torch.arange(0, len(rows), BLOCK, device=device)
+    ends = (begins + BLOCK - 1).clamp(max=len(rows) - 1)
+    columns = torch.arange(0, length, BLOCK, device=device)[None, :]
+    seen = (columns > lower[begins, None] - BLOCK) & (columns <= rows[ends, None])
+    whole = (columns >= lower[ends, None]) & (columns + BLOCK - 1 <= rows[begins, None])
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (kv >= lower[q]) & (kv <= q)
+        return (kv >= lower[q]) & (kv <= (q if queries is None else queries[q]))
 
     partly, wholly = _ordered(seen & ~whole), _ordered(whole)
-    return BlockMask.from_kv_blocks(*partly, *wholly, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length))
+    sizes = (len(rows), length)
+    return BlockMask.from_kv_blocks(*partly, *wholly, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=sizes)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float, sinks: Tensor | None) -> Tensor:
@@ -56,6 +57,6 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float, sinks: Ten
 
 
 def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """A [blocks, blocks] mask as BlockMask keeps it: how many columns of each row, and which, those first."""
+    """A mask of blocks as BlockMask keeps it: how many columns of each row, and which, those first."""
     order = dense.int().argsort(dim=-1, descending=True, stable=True)
     return dense.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]

@@ -10,6 +10,7 @@ def rows_attention(
     k: Tensor,
     v: Tensor,
     rows: tuple[Tensor, Tensor, int, int],
+    queries: Tensor | None = None,
     *,
     window: int | None,
     scale: float,
@@ -23,22 +24,25 @@ def rows_attention(
 
     Args:
         rows: document of each token [T], its position in it [T], number of documents, longest document.
+        queries: which tokens q has, where it has not all; the others' rows are zeros, computed and left out.
     """
     doc_id, position_ids, num_docs, longest = rows
+    keys = (doc_id, position_ids)
+    asked = keys if queries is None else (doc_id[queries], position_ids[queries])
 
-    def as_rows(x: Tensor) -> Tensor:
+    def as_rows(x: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
         padded = x.new_zeros(num_docs, longest, x.shape[1], x.shape[2])
-        return padded.index_put((doc_id, position_ids), x).transpose(1, 2)
+        return padded.index_put(at, x).transpose(1, 2)
 
     visible = None if window is None or window >= longest else _band(longest, window, q.device)
-    q, k, v = as_rows(q), as_rows(k), as_rows(v)
+    q, k, v = as_rows(q, asked), as_rows(k, keys), as_rows(v, keys)
     if sinks is None:
         causal = visible is None
         out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=True)
     else:
         visible = _band(longest, longest, q.device) if visible is None else visible
         out = _with_sinks(q, k, v, visible, scale=scale, sinks=sinks)
-    return out.transpose(1, 2)[doc_id, position_ids]
+    return out.transpose(1, 2)[asked]
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

@@ -68,6 +68,8 @@ class Decoder(nn.Module):
         )
         self.tensor: Group | None = None
         """Ranks that share every block, and the rows that carry loss (model/parallel.py)."""
+        self.context: Group | None = None
+        """Ranks that share the tokens of a batch."""
         self._compiled, self._recompute = False, "none"
         self._frequencies: dict[tuple[Rope, torch.device], Tensor] = {}
         self.tie()
@@ -100,18 +102,21 @@ class Decoder(nn.Module):
             layer.compile(fullgraph=not apart, dynamic=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Final hidden states [T, hidden], normed, in the parameters' dtype.
+        """Final hidden states [T, hidden], normed, in the parameters' dtype; of batch.share's tokens where ranks share
+        those.
 
         Ranks that share blocks all have them; the gradient that each gives back is its own part of a sum.
         """
+        assert (batch.share is None) == (self.context is None), "a model that shares tokens needs to know which"
         config, weight = self.config, self.embedding.weight
         layout = Layout.of(
             batch,
             backend=self.attention or default_backend(weight.device, weight.dtype, compiled=self._compiled),
             windows=set(config.windows),
         )
-        tables = {rope: self._tables(rope, batch.position_ids) for rope in set(config.ropes)}
-        x = shared(self.embedding(batch.input_ids), self.tensor)
+        held = slice(None) if batch.share is None else batch.share.token_idx
+        tables = {rope: self._tables(rope, batch.position_ids[held]) for rope in set(config.ropes)}
+        x = shared(self.embedding(batch.input_ids[held]), self.tensor)
         for layer, rope in zip(self.layers, config.ropes, strict=True):
             x = run_block(layer, x, *tables[rope], layout, mode=self._recompute)
         return self.norm(copy_in(x, self.tensor))

@@ -1,5 +1,6 @@
 """Batch -> what the losses read, and the loss itself. Only rows that carry loss meet the LM head."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from posttrain.data.types import Batch
 from posttrain.model.collectives import Group, gather_rows
+from posttrain.model.context import spread
 from posttrain.model.decoder import Decoder
 from posttrain.model.head import Head, divergence_loss, logprobs_and_entropy, row_loss
 from posttrain.model.heads import VALUE
@@ -17,7 +19,7 @@ from posttrain.model.losses import Loss
 from posttrain.model.losses.value import ValueLoss
 from posttrain.model.output import Output
 
-__all__ = ["Output", "Teacher", "forward", "logits", "loss_sum"]
+__all__ = ["Output", "Teacher", "forward", "logits", "loss_index", "loss_sum"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,7 @@ class Teacher:
     """A teacher's distributions at the rows that carry loss, before its own head: smaller than [N, V] by far."""
 
     hidden: Tensor
-    """[N, d] final hidden states at batch.loss_idx."""
+    """[M, d] final hidden states at loss_index(), of a student on the same ranks."""
     weight: Tensor
     """[V, d] its output head; row i is the student's token i."""
 
@@ -38,19 +40,24 @@ def forward(model: Decoder, batch: Batch, *, temperature: float = 1.0, with_logp
             the sampler's; 1 for everything but rollouts.
         with_logprobs: off where only the other heads are wanted; the LM head is then not applied.
     """
-    hidden, group, count = model(batch), _group(model), len(batch.loss_idx)
-    part = batch if group is None else batch.rows(group.share(count))
-    scores, values = _scores(model, hidden, batch), _values(model, hidden[part.loss_idx])
-    values = None if values is None else gather_rows(values, group, count)
+    hidden, at = model(batch), loss_index(batch)
+    mine, index = _share(model, len(at)), None if batch.share is None else batch.share.row_idx
+    rows = hidden[at[mine]]
+
+    def whole(found: Tensor) -> Tensor:
+        return _whole(model, found, len(at), index, len(batch.loss_idx))
+
+    scores, values = _scores(model, hidden, batch), _values(model, rows)
+    values = None if values is None else whole(values)
     if model.output_head is None or not with_logprobs:
         empty = hidden.new_empty(0, dtype=torch.float32)
         _release(model)
         return Output(logprobs=empty, entropy=empty, values=values, scores=scores)
     head = Head(vocab_size=model.config.vocab_size, temperature=temperature)
-    logprobs, entropy = logprobs_and_entropy(hidden[part.loss_idx], model.output_head.weight, _targets(part), head)
+    targets = _targets(_held(batch).rows(mine))
+    found = logprobs_and_entropy(rows, model.output_head.weight, targets, head)
     _release(model)
-    found = _output(gather_rows(logprobs, group, count), gather_rows(entropy, group, count))
-    return replace(found, values=values, scores=scores)
+    return replace(_output(*map(whole, found)), values=values, scores=scores)
 
 
 def loss_sum(
@@ -62,20 +69,19 @@ def loss_sum(
     A loss that reads tokens, one row at a time, gets its gradients in this forward pass, so backward() must be
     called on what is returned, and on nothing made from it.
 
-    Ranks that share the model share the rows too: metric sums are one rank's part, to be summed over all ranks.
+    Ranks that share the model or its tokens share the rows too: metric sums are one rank's part, to be summed over all
+    ranks; they are empty where it has no row.
     """
-    group = _group(model)
     if loss_fn.reads in ("scores", "documents", "sequences"):
         output = forward(model, batch, temperature=loss_fn.temperature, with_logprobs=loss_fn.reads != "scores")
         loss, metrics = loss_fn(output, batch)
-        copies = 1 if group is None else group.size  # each makes the loss whole, from rows that it gathered
+        copies = math.prod(group.size for group in _groups(model))  # each makes it whole, from rows that it gathered
         return scale * loss, {name: value / copies for name, value in {"loss": loss.detach(), **metrics}.items()}
     assert model.output_head is not None, f"a loss that reads {loss_fn.reads} needs an LM head"
-    if group is not None:
-        rows = group.share(len(batch.loss_idx))
-        batch = batch.rows(rows)
-        teacher = teacher and replace(teacher, hidden=teacher.hidden[rows])
-    hidden, weight = model(batch)[batch.loss_idx], model.output_head.weight
+    at = loss_index(batch)
+    mine = _share(model, len(at))
+    hidden, weight = model(batch)[at[mine]], model.output_head.weight
+    batch, teacher = _held(batch).rows(mine), teacher and replace(teacher, hidden=teacher.hidden[mine])
     weight = weight if torch.is_grad_enabled() else weight.detach()  # evaluation makes no gradients on the way
     head = Head(vocab_size=model.config.vocab_size, temperature=loss_fn.temperature)
     sums: dict[str, Tensor] = {}
@@ -105,9 +111,35 @@ def logits(model: Decoder, batch: Batch) -> Tensor:
     return found
 
 
-def _group(model: nn.Module) -> Group | None:
-    """Ranks that share the model and what its heads do."""
-    return getattr(model, "tensor", None)  # the fallback's models are never shared
+def loss_index(batch: Batch) -> Tensor:
+    """Where in a decoder's hidden states the rows that carry loss are: [N], or [M] of them among this rank's tokens."""
+    return batch.loss_idx if batch.share is None else batch.share.row_at
+
+
+def _held(batch: Batch) -> Batch:
+    """The batch with the columns of those rows alone."""
+    return batch if batch.share is None else batch.rows(batch.share.row_idx)
+
+
+def _group(model: nn.Module, kind: str = "tensor") -> Group | None:
+    """Ranks that share the model and what its heads do, or the tokens ("context")."""
+    return getattr(model, kind, None)  # the fallback's models are never shared
+
+
+def _groups(model: nn.Module) -> list[Group]:
+    return [group for kind in ("tensor", "context") if (group := _group(model, kind)) is not None]
+
+
+def _share(model: nn.Module, count: int) -> slice:
+    """Which of `count` rows this rank computes, of those that its tensor group all has."""
+    group = _group(model)
+    return slice(None) if group is None else group.share(count)
+
+
+def _whole(model: nn.Module, mine: Tensor, held: int, index: Tensor | None, count: int) -> Tensor:
+    """Results of _share() become those of all `count` rows, the `held` of this rank's tokens being at `index`."""
+    rows = gather_rows(mine, _group(model), held)
+    return rows if index is None else spread(rows, index, count, _group(model, "context"))
 
 
 def _release(model: nn.Module) -> None:
@@ -166,7 +198,7 @@ def _scores(model: Decoder, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
     heads = {name: head for name, head in model.heads.items() if name != VALUE}
     if not heads:
         return {}
-    last = hidden[(batch.cu_seqlens[1 : batch.num_samples + 1] - 1).long()]
-    group, count = _group(model), len(last)
-    last = last if group is None else last[group.share(count)]
-    return {name: gather_rows(head(last).float(), group, count) for name, head in heads.items()}
+    share, last = batch.share, (batch.cu_seqlens[1 : batch.num_samples + 1] - 1).long()
+    at, index = (last, None) if share is None else (share.sample_at, share.sample_idx)
+    mine = hidden[at[_share(model, len(at))]]
+    return {name: _whole(model, head(mine).float(), len(at), index, len(last)) for name, head in heads.items()}

@@ -60,6 +60,11 @@ class Setup:
         """Bytes of a number that the model computes with."""
         return 4 if self.precision == "float32" else 2
 
+    @property
+    def shards(self) -> int:
+        """Ranks that FSDP2 shards over; those that share tokens are among them."""
+        return self.data * self.context
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
@@ -146,20 +151,19 @@ def _count(block: nn.Module, setup: Setup, *, trained: bool = False) -> float:
 
 def _held(sizes: _Sizes, setup: Setup) -> Memory:
     """What is there throughout a step."""
-    ranks, width = setup.data, setup.width
-    sharded = setup.data > 1 and setup.precision == "bfloat16"
+    ranks, width = setup.shards, setup.width
+    sharded = setup.shards > 1 and setup.precision == "bfloat16"
     masters = sizes.trained if setup.precision == "bfloat16" and not sharded else 0.0
     # FSDP2 keeps float32 shards and casts as it gathers; a frozen parameter stays in the computing dtype.
     kept = 4 * sizes.trained + width * (sizes.all - sizes.trained) if sharded else width * sizes.all
     gathered = 0.0
-    if setup.data > 1:
-        gathered = width * (
-            sizes.root + max((a + b for a, b in pairwise(sizes.blocks)), default=sizes.all - sizes.root)
-        )
+    if setup.shards > 1:
+        blocks = max((a + b for a, b in pairwise(sizes.blocks)), default=sizes.all - sizes.root)
+        gathered = width * (sizes.root + blocks)
     return Memory(
         weights=kept / ranks,
         gradients=_gradient_width(setup) * sizes.trained / ranks if setup.micro_batches > 1 else 0.0,
-        optimizer=(4 * masters + 2 * _moment_width(setup) * sizes.trained) / ranks,
+        optimizer=(4 * masters + 2 * _gradient_width(setup) * sizes.trained) / ranks,
         communication=gathered,
         reference=width * sizes.all / ranks if setup.reference else 0.0,
         generator=2 * sizes.all * setup.tensor if setup.generator else 0.0,
@@ -186,11 +190,12 @@ def _at_the_last_block(model: Decoder, sizes: _Sizes, setup: Setup) -> Memory:
     working = max((working_bytes(model.config, layer, saving) for layer in _backward_blocks(model)), default=0.0)
     if setup.activation_checkpointing != "none":  # made again, to be read at once
         working += max((_remade(model, layer, setup) for layer in _backward_blocks(model)), default=0.0)
+        working += _gathered(model, setup) / tokens
     block = max(sizes.trained_blocks, default=0.0)
     waits = sizes.tied and sizes.head_trained  # a tied gradient is whole only with the embedding's
     early = 0.0 if waits or not sizes.head_trained or setup.micro_batches > 1 else sizes.head
     return Memory(
-        gradients=setup.width * block + _gradient_width(setup) * early / setup.data,
+        gradients=setup.width * block + _gradient_width(setup) * early / setup.shards,
         activations=_kept(model, setup) + working * tokens,
         head=setup.width * sizes.head if waits else 0.0,
         communication=_scattered(block, setup),
@@ -201,7 +206,7 @@ def _at_the_last_block(model: Decoder, sizes: _Sizes, setup: Setup) -> Memory:
 def _at_the_end(sizes: _Sizes, setup: Setup) -> Memory:
     """The embedding's gradient meets the head's; all others are there."""
     root = sizes.trained_root - (sizes.head if sizes.head_trained and not sizes.tied else 0.0)
-    whole = 0.0 if setup.micro_batches > 1 else _gradient_width(setup) * sizes.trained / setup.data
+    whole = 0.0 if setup.micro_batches > 1 else _gradient_width(setup) * sizes.trained / setup.shards
     return Memory(
         gradients=whole + (setup.width * root if setup.precision == "bfloat16" or setup.micro_batches > 1 else 0.0),
         head=setup.width * sizes.head if sizes.tied and sizes.head_trained else 0.0,
@@ -211,9 +216,9 @@ def _at_the_end(sizes: _Sizes, setup: Setup) -> Memory:
 
 
 def _at_the_optimizer(sizes: _Sizes, setup: Setup) -> Memory:
-    whole = 0.0 if setup.micro_batches > 1 else _gradient_width(setup) * sizes.trained / setup.data
+    whole = 0.0 if setup.micro_batches > 1 else _gradient_width(setup) * sizes.trained / setup.shards
     # StochasticAdamW computes in float32: some eight copies of one parameter.
-    copies = 8 * 4 * sizes.largest / setup.data if setup.precision == "bfloat16_stochastic" else 0.0
+    copies = 8 * 4 * sizes.largest / setup.shards if setup.precision == "bfloat16_stochastic" else 0.0
     return Memory(gradients=whole, optimizer=copies, moment="the optimizer")
 
 
@@ -229,7 +234,14 @@ def _kept(model: Decoder, setup: Setup) -> float:
                 kept += selective_bytes(model.config, layer, saving) * tokens
             case _:
                 kept += saved_bytes(model.config, layer, saving) * tokens + stacked_bytes(layer, saving)
+                kept += _gathered(model, setup)
     return kept
+
+
+def _gathered(model: Decoder, setup: Setup) -> float:
+    """Bytes of the keys and values that a block has of other ranks' tokens."""
+    a_token = 2 * setup.width * model.config.num_kv_heads / setup.tensor * model.config.head_dim
+    return a_token * setup.pack_tokens * (1 - 1 / setup.context)
 
 
 def _remade(model: Decoder, layer: Block, setup: Setup) -> float:
@@ -264,16 +276,13 @@ def _rows(setup: Setup) -> float:
 
 
 def _gradient_width(setup: Setup) -> int:
-    return 2 if setup.precision == "bfloat16_stochastic" else 4
-
-
-def _moment_width(setup: Setup) -> int:
+    """Of moments too."""
     return 2 if setup.precision == "bfloat16_stochastic" else 4
 
 
 def _scattered(parameters: float, setup: Setup) -> float:
     """A gradient before it is scattered, in float32, in which it is summed."""
-    return 4 * parameters if setup.data > 1 else 0.0
+    return 4 * parameters if setup.shards > 1 else 0.0
 
 
 def _added(one: Memory, other: Memory) -> Memory:

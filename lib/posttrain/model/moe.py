@@ -177,6 +177,8 @@ class _Permute(torch.autograd.Function):
 def router_metrics(model: nn.Module) -> dict[str, Tensor]:
     """How even the last batch's routing was, over the MoE layers of `model`; empty for a dense model.
 
+    Ranks that share a batch's tokens call it together and get the same: each routed equally many.
+
     Returns:
         router/max_load: the busiest expert's share over the mean share, the worst layer's; 1 is even.
         router/idle: share of experts that took no token, mean over layers.
@@ -185,7 +187,8 @@ def router_metrics(model: nn.Module) -> dict[str, Tensor]:
     loads = [module.load for module in model.modules() if isinstance(module, MoE)]
     if not loads:
         return {}
-    load = torch.stack(loads)
+    context = getattr(model, "context", None)
+    load = reduce_out(torch.stack(loads), context) / (1 if context is None else context.size)
     entropy = torch.special.entr(load).sum(-1) / math.log(load.shape[1])
     return {
         "router/max_load": (load.max(-1).values * load.shape[1]).max(),

@@ -3,7 +3,8 @@
 Tensor parallelism is Megatron's (arXiv:1909.08053, section 3) and stays inside blocks: q, k, v, gate and up are cut
 by rows, so that each rank has whole heads and columns of its own; o and down by columns, their outputs summed. A
 layer's experts are dealt out whole. What is outside blocks is left whole, as FSDP shards it over all ranks; instead
-each rank of a tensor group scores a share of the rows that carry loss (forward.py).
+each rank of a tensor group scores a share of the rows that carry loss (forward.py). Context parallelism cuts no
+parameter, but the tokens of a batch.
 """
 
 from torch import nn
@@ -67,6 +68,17 @@ def split_experts(model: Decoder, expert: DeviceMesh) -> None:
             module.expert = group
             for name, _ in list(module.experts.named_parameters()):
                 _place(module.experts, name, expert, 0)
+
+
+def share_tokens(model: Decoder, context: DeviceMesh) -> None:
+    """Let the ranks of a context mesh share the tokens of every batch, which must have its Share (data/context.py).
+
+    No parameter is cut: FSDP shards over these ranks as over data ranks, whose gradients it sums alike.
+    """
+    model.context = Group.of(context)
+    for module in model.layers.modules():
+        if isinstance(module, Attention):
+            module.context = model.context
 
 
 def split(model: Decoder, tensor: DeviceMesh) -> None:

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from posttrain.errors import ModelError
+from posttrain.model.collectives import fill, full
 from posttrain.model.lora import (
     ALL_LINEAR,
     LoRA,
     adapters,
     add_lora,
-    fill,
     linears,
     select,
     shortest_targets,
@@ -61,8 +60,7 @@ def adapter_tensors(model: nn.Module, *, hf_names: Callable[[str], str]) -> dict
     tensors = {}
     for name, _, adapter in adapters(model):
         for part, parameter in adapter.named_parameters():
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            tensors[_peft_name(hf_names, name, part)] = whole.detach()
+            tensors[_peft_name(hf_names, name, part)] = full(parameter.detach())
     return tensors
 
 

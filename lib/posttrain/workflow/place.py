@@ -10,7 +10,7 @@ from posttrain.compute.shard import shard
 from posttrain.errors import ModelError
 from posttrain.model.decoder import Decoder
 from posttrain.model.lora import adapters
-from posttrain.model.parallel import expert_modules, split, split_experts, unfit
+from posttrain.model.parallel import expert_modules, share_tokens, split, split_experts, unfit
 
 
 def place(
@@ -29,11 +29,11 @@ def place(
     dora = any(adapter.magnitude is not None for _, _, adapter in adapters(model))
     if problems := unfit(model.config, tensor=mesh.sizes.tensor, expert=mesh.sizes.expert, dora=dora):
         raise ModelError("\n".join(problems))
-    assert mesh.sizes.context == 1, "the decoder does not split the tokens of a pack"
 
     def split_decoder(_: nn.Module, mesh: Mesh) -> None:
         split(model, mesh.tensor)
         split_experts(model, mesh.expert)
+        share_tokens(model, mesh.context)
 
     shard(
         model,

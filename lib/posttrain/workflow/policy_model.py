@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from posttrain.data.types import Batch
 from posttrain.model.backend import Backend
-from posttrain.model.forward import Teacher, forward, loss_sum
+from posttrain.model.forward import Teacher, forward, loss_index, loss_sum
 from posttrain.model.heads import NATIVE, VALUE
-from posttrain.model.lora import LoRA, add_lora
+from posttrain.model.lora import LoRA, add_lora, reset_adapters
 from posttrain.model.losses import Loss
-from posttrain.model.peft_format import save_adapter
+from posttrain.model.peft_format import adapter_tensors, save_adapter
 from posttrain.model.weights import hf_name
 
 Scores = dict[str, np.ndarray]
@@ -43,12 +43,20 @@ class Build:
 
 
 def build_policy(
-    backend: Backend, folder: Any, build: Build, *, device: torch.device, dtype: torch.dtype, **placed: Any
+    backend: Backend,
+    folder: Any,
+    build: Build,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Callable[[Any], None] | None = None,
+    trained_dtype: torch.dtype | None = None,
 ) -> Any:
     """The model to be trained, on `device`.
 
     Args:
-        placed: `place` of load_decoder(), for a model that is sharded over a mesh; it then has no adapters.
+        place: of load_decoder(), for a model that is sharded over a mesh, its adapters with it.
+        trained_dtype: of adapters, and of heads beside them; the model's own when None.
 
     Raises:
         ModelError: the folder, or a target of the adapters, is not what the backend can load or adapt.
@@ -58,11 +66,26 @@ def build_policy(
         heads = {"heads": {NATIVE: len(build.scores)}, "lm_head": False, "seed": build.seed}
     elif build.value_head:
         heads = {"heads": {VALUE: 1}}
-    model = backend.load(folder, device=device, dtype=dtype, **heads, **placed)
-    if build.lora is not None:
-        add_lora(model, build.lora, seed=build.seed)
+    if build.lora is None:
+        return backend.load(folder, device=device, dtype=dtype, **heads, **({"place": place} if place else {}))
+    lora = build.lora
+
+    def adapt(model: Any) -> None:
+        add_lora(model, lora, seed=build.seed, dtype=trained_dtype)
         for head in getattr(model, "heads", {}).values():
-            head.requires_grad_(True)  # drawn at random: it is trained whole, whatever the adapters are
+            head.to(trained_dtype).requires_grad_(True)  # drawn at random: trained whole, whatever the adapters are
+
+    def adapt_and_place(model: Any) -> None:
+        assert place is not None
+        adapt(model)
+        place(model)
+
+    if place is None:
+        model = backend.load(folder, device=device, dtype=dtype, **heads)
+        adapt(model)
+        return model
+    model = backend.load(folder, device=device, dtype=dtype, **heads, place=adapt_and_place)
+    reset_adapters(model)
     return model
 
 
@@ -79,6 +102,11 @@ def taught_by(teacher: nn.Module) -> Callable[..., tuple[Tensor, dict[str, Tenso
 def write_adapter(model: Any, folder: Path, *, lora: LoRA, base: str) -> None:
     """The adapters alone, in PEFT's format, in a folder below that of the merged model."""
     save_adapter(model, folder / ADAPTER, lora=lora, base=base, hf_names=partial(hf_name, model.config))
+
+
+def join_adapter(model: Any) -> None:
+    """What the other ranks of a sharded model do while rank 0 is in write_adapter(): gather with it."""
+    adapter_tensors(model, hf_names=partial(hf_name, model.config))
 
 
 @torch.no_grad()
@@ -105,4 +133,4 @@ def token_values(model: Any, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _teacher(teacher: Any, batch: Batch) -> Teacher:
-    return Teacher(hidden=teacher(batch)[batch.loss_idx], weight=teacher.output_head.weight)
+    return Teacher(hidden=teacher(batch)[loss_index(batch)], weight=teacher.output_head.weight)

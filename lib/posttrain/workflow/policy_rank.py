@@ -21,6 +21,7 @@ from posttrain.compute.step_timer import StepTimer
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import node_address
 from posttrain.data.batch import collate
+from posttrain.data.context import with_share
 from posttrain.data.types import Batch, Pack
 from posttrain.model.backend import backend_of
 from posttrain.model.decoder import Decoder
@@ -40,6 +41,7 @@ from posttrain.workflow.policy_model import (
     Scores,
     build_policy,
     document_logprobs,
+    join_adapter,
     taught_by,
     token_logprobs,
     token_values,
@@ -98,8 +100,7 @@ class PolicyRank:
             self.precision = "bfloat16" if self.device.type == "cuda" else "float32"
         split = sizes.world > sizes.data or sizes.expert > 1
         # Small models on CPUs are held whole: a gather and a reduce for every block would take longer than the block.
-        # So are those with adapters, which are small and made after the model is loaded.
-        whole = self.device.type != "cuda" or backend != "posttrain" or self.build.lora is not None
+        whole = self.device.type != "cuda" or backend != "posttrain"
         self.sharded = split or (sizes.world > 1 and not whole)
 
     def address(self) -> str:
@@ -160,9 +161,12 @@ class PolicyRank:
         )
 
     def _model(self) -> tuple[Any, Masters | None]:
-        """What is trained, in its precision. A sharded model's parameters are float32 and gathered in bfloat16."""
+        """What is trained, in its precision; sharded float32 is gathered as bfloat16, which is all that is frozen."""
         dtype = torch.bfloat16 if self.precision == "bfloat16_stochastic" else torch.float32
-        model = build_policy(self.backend, self.folder, self.build, device=self.device, dtype=dtype, **self._placed())
+        how: dict[str, Any] = self._placed()
+        if self.sharded and self.build.lora is not None and self.precision == "bfloat16":
+            dtype, how = torch.bfloat16, how | {"trained_dtype": torch.float32}
+        model = build_policy(self.backend, self.folder, self.build, device=self.device, dtype=dtype, **how)
         masters = Masters(model) if self.precision == "bfloat16" and not self.sharded else None
         return self._prepared(model), masters
 
@@ -201,7 +205,7 @@ class PolicyRank:
         """
         timer = StepTimer(self.device)
         faults.point("policy.train_step", self.rank)
-        batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
+        batches = [self._batch(pack) for pack in packs]
         if self.has_reference and batches and batches[0].ref_logprobs is None:  # else they bring what it said
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
         timer.mark("prepare")
@@ -210,17 +214,21 @@ class PolicyRank:
 
     def evaluate(self, packs: Sequence[Pack], loss: Loss, denominator: float, repeats: int = 0) -> dict[str, float]:
         """Global metrics of packs that are not trained on; the last `repeats` count nothing."""
-        batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
+        batches = [self._batch(pack) for pack in packs]
         return self.engine.evaluate(batches, loss, denominator=denominator, repeats=repeats)
 
     def document_logprobs(self, packs: Sequence[Pack]) -> list[list[float]]:
         """Of each pack, the log p of every sample's trained tokens under the current weights, nats."""
-        batches = (collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs)
-        return [document_logprobs(self.engine.model, batch) for batch in batches]
+        return [document_logprobs(self.engine.model, self._batch(pack)) for pack in packs]
+
+    def _batch(self, pack: Pack) -> Batch:
+        """A pack on this rank's device, with its share of the tokens where ranks split those."""
+        whole = collate(pack, pack_tokens=self.training.pack_tokens)
+        return with_share(whole, rank=self.sizes.context_rank(self.rank), ranks=self.sizes.context).to(self.device)
 
     def token_scores(self, packs: Sequence[Pack], names: Sequence[str], temperature: float) -> list[Scores]:
         """Of each pack what `names` say of its trained tokens, before a step; see Policy.token_scores()."""
-        batches = (collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs)
+        batches = map(self._batch, packs)
         return [{name: self._score(name, b, temperature).cpu().numpy() for name in names} for b in batches]
 
     def weights(self, dtype: str) -> dict[str, Tensor]:
@@ -268,6 +276,7 @@ class PolicyRank:
         if self.rank:
             if self.sharded and not storage.exists(storage.join(uri, "manifest.json")):
                 join_export(self.engine.model)
+                join_adapter(self.engine.model)
             return uri
         if not storage.exists(storage.join(uri, "manifest.json")):
             with storage.staging(uri) as folder:

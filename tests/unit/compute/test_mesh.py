@@ -11,6 +11,7 @@ def test_ranks_of_a_tensor_or_context_group_train_on_the_same_packs():
     assert sizes.world == 16
     # (replica, context, expert, tensor), the last fastest
     assert [sizes.data_rank(rank) for rank in range(16)] == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    assert [sizes.context_rank(rank) for rank in range(16)] == [0, 0, 0, 0, 1, 1, 1, 1] * 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from plain_actors import Unstartable, Worker
+from plain_actors import Starved, Unstartable, Worker
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.compute.pool import Pool, by_node
 from posttrain.compute.whereabouts import last_words, tail
@@ -80,8 +80,9 @@ def test_a_hang_ends_at_its_deadline_and_says_who(mortal: ActorGroup):
 
 
 def test_a_killed_actor_is_named(mortal: ActorGroup):
-    with pytest.raises(ComputeError, match=r"worker 1 died during die\(\)"):
+    with pytest.raises(ComputeError, match=r"worker 1 died during die\(\)") as caught:
         asyncio.run(mortal.call_one(1, "die", timeout_s=60))
+    assert "out of host memory" not in str(caught.value)
 
 
 @pytest.mark.parametrize("method, last", [("die", "about to load shard 7"), ("sleep", "waiting for a lock")])
@@ -92,6 +93,14 @@ def test_the_error_of_an_actor_names_host_and_process_and_shows_its_log(mortal: 
     first, *rest = str(caught.value).splitlines()
     assert first.startswith("worker 1") and first.endswith(f"[host {socket.gethostname()}, pid {pid}]")
     assert f"    {last}" in rest
+
+
+def test_a_death_for_want_of_memory_is_told_from_any_other(cluster, tmp_path):
+    group = ActorGroup("worker", Starved, [{"rank": 0, "cgroups": str(tmp_path)}], Pool(cpus=0))
+    asyncio.run(group.call("pid", timeout_s=60))
+    with pytest.raises(WorkerDiedError, match=r"worker 0 died[^\n]*\nout of host memory: .*oom_kill 0 -> 1"):
+        asyncio.run(group.call("take_too_much", timeout_s=60))
+    group.kill()
 
 
 def test_an_actor_that_never_came_up_is_named_without_a_place(cluster):

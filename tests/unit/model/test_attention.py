@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from posttrain.data.batch import collate
+from posttrain.data.context import chunks, with_share
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
 from posttrain.model.attention import Layout, attend
@@ -75,21 +76,69 @@ def test_flex_equals_the_rows_of_sdpa(window, with_sinks):
     torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 3, 60])
+@pytest.mark.parametrize("backend", ["flex", "sdpa"])
+def test_ranks_that_share_tokens_find_together_what_one_finds(backend, window, with_sinks):
+    torch.manual_seed(0)
+    batch = batch_of([90, 1, 170, 42])
+    size = len(batch.input_ids)
+    q, k, v = (torch.randn(size, n, 8, dtype=torch.float64) for n in (4, 2, 2))
+    sinks = torch.randn(4, dtype=torch.float64) if with_sinks else None
+    expected, found = plain(q, k, v, batch, window, 0.3, sinks), torch.zeros_like(q)
+    for rank in range(2):
+        shared = with_share(batch, rank=rank, ranks=2)
+        mine, layout = shared.share.token_idx, Layout.of(shared, backend=backend, windows={window})
+        found[mine] = attend(q[mine], k, v, layout, window=window, scale=0.3, sinks=sinks)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_segments_say_which_keys_a_kernel_that_aligns_masks_at_their_ends_may_see(ranks, window):
+    """The kernel itself runs on GPUs only (tests/gpu/test_model_gpu.py): here its rule, in a loop over segments."""
+    batch = batch_of([9, 1, 17, 4, 4])
+    size = len(batch.input_ids)
+    q, k, v = (torch.randn(size, 1, 8, dtype=torch.float64) for _ in range(3))
+    expected = plain(q, k, v, batch, window, 0.3, None)
+    for rank in range(ranks):
+        shared = with_share(batch, rank=rank, ranks=ranks)
+        layout = Layout.of(shared, backend="varlen", windows={window})
+        mine = torch.arange(size) if shared.share is None else shared.share.token_idx
+        assert sum(run.queries for run in layout.segments) == len(mine)
+        for run, part in zip(layout.segments, mine.split([run.queries for run in layout.segments]), strict=True):
+            bounds = zip(pairwise(run.cu_queries.tolist()), pairwise(run.cu_keys.tolist()), strict=True)
+            for (first, last), (start, end) in bounds:
+                assert end <= run.keys and end - start <= int(layout.longest)
+                for number in range(first, last):
+                    sees = range(start, end - (last - 1 - number))
+                    sees = sees if window is None else sees[-window:]
+                    share = (q[part[number], 0] @ k[sees, 0].T * 0.3).softmax(-1)
+                    torch.testing.assert_close(share @ v[sees, 0], expected[part[number], 0])
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6),
     window=st.one_of(st.none(), st.sampled_from([1, 2, 127, 128, 129, 5000])),
+    rank=st.sampled_from([None, 0, 1]),
 )
-def test_the_block_mask_says_of_every_block_whether_none_some_or_all_is_seen(lengths, window):
+def test_the_block_mask_says_of_every_block_whether_none_some_or_all_is_seen(lengths, window, rank):
+    lengths[-1] += -sum(lengths) % 4  # for two ranks
     starts = torch.from_numpy(np.repeat(np.cumsum([0, *lengths[:-1]]), lengths))
     size = len(starts)
     index = torch.arange(size)
     seen = (index[None, :] >= starts[:, None]) & (index[None, :] <= index[:, None])
     if window is not None:
         seen &= index[:, None] - index[None, :] < window
-    mask = block_mask(starts, window)
-    count = -(-size // BLOCK)
-    listed = {"some": torch.zeros(count, count, dtype=torch.bool), "all": torch.zeros(count, count, dtype=torch.bool)}
+    queries = None
+    if rank is not None:
+        queries = torch.cat([index[start:end] for start, end in chunks(size, rank=rank, ranks=2)])
+        seen = seen[queries]
+    mask = block_mask(starts, window, queries)
+    count, columns = (-(-each // BLOCK) for each in seen.shape)
+    listed = {name: torch.zeros(count, columns, dtype=torch.bool) for name in ("some", "all")}
     for kind, numbers, indices in (
         ("some", mask.kv_num_blocks, mask.kv_indices),
         ("all", mask.full_kv_num_blocks, mask.full_kv_indices),
@@ -97,11 +146,14 @@ def test_the_block_mask_says_of_every_block_whether_none_some_or_all_is_seen(len
         for row in range(count):
             listed[kind][row, indices[0, 0, row, : numbers[0, 0, row]].long()] = True
     for row in range(count):
-        for column in range(count):
+        for column in range(columns):
             block = seen[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK]
             assert listed["all"][row, column] <= block.all(), "a block called whole hides something"
-            assert (listed["all"][row, column] | listed["some"][row, column]) == block.any()
+            told = listed["all"][row, column] | listed["some"][row, column]
+            # A block of queries from both ends of a pack may list keys between them, which its mask then hides.
+            across = rank is not None and row == size // 4 // BLOCK
+            assert told == block.any() or (across and told)
             assert not (listed["all"][row, column] & listed["some"][row, column])
-    rows, columns = (torch.randint(0, size, (200,)) for _ in range(2))
+    some, others = (torch.randint(0, high, (200,)) for high in seen.shape)
     zero = torch.tensor(0)
-    assert torch.equal(mask.mask_mod(zero, zero, rows, columns), seen[rows, columns])
+    assert torch.equal(mask.mask_mod(zero, zero, some, others), seen[some, others])

@@ -27,10 +27,11 @@ QWEN3_0P6B = {
 }
 
 
-def test_256_ranks_hold_their_256th_of_a_model_but_for_norms(tmp_path: Path):
-    """data 32 x tensor 8; (replica, tensor) of rank 100 is (12, 4)."""
+@pytest.mark.parametrize("sizes", [{"data": 32, "tensor": 8}, {"data": 4, "context": 8, "tensor": 8}])
+def test_256_ranks_hold_their_256th_of_a_model_but_for_norms(sizes, tmp_path: Path):
+    """Of rank 100 the place in its tensor group is 4; FSDP shards over the 32 others, share they tokens or not."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_0P6B))
-    sizes = json.dumps({"data": 32, "tensor": 8})
+    sizes = json.dumps(sizes)
     command = [sys.executable, str(TESTS / "fake_mesh.py"), str(tmp_path / "config.json"), sizes, "0", "100", "255"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -40,15 +40,21 @@ FAMILIES["lora"] = FAMILIES["dense"]
 adapters, with all else frozen."""
 FAMILIES["idle"] = FAMILIES["sinks"]
 """Its router chooses the first two experts, so that a rank which holds others sees no token."""
-WITH_EXPERTS = ("experts", "sinks", "idle")
+FAMILIES["lora_experts"] = FAMILIES["experts"]
+"""Adapters beside frozen experts, which no target names."""
+WITH_EXPERTS = ("experts", "sinks", "idle", "lora_experts")
 
 MESHES = {
     "data4": {"data": 4},
     "data2_tensor2": {"data": 2, "tensor": 2},
     "data4_expert2": {"data": 4, "expert": 2},
+    "context2_tensor2": {"data": 1, "context": 2, "tensor": 2},
+    "data2_context2": {"data": 2, "context": 2},
+    "context4": {"data": 1, "context": 4},
 }
+SLOW = ("data4", "context2_tensor2", "data2_context2", "context4")
 CASES = [
-    pytest.param(mesh, family, marks=pytest.mark.slow if mesh == "data4" else ())
+    pytest.param(mesh, family, marks=pytest.mark.slow if mesh in SLOW else ())
     for mesh in MESHES
     for family in FAMILIES
     if (family in WITH_EXPERTS) >= ("expert" in mesh)
@@ -76,7 +82,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def alone(folders) -> dict[str, Any]:
     """What one rank finds."""
     ranks = Ranks(rank=0, world_size=1, meeting="", timeout_s=1, device=torch.device("cpu"))
-    return {name: run(ranks, folder, {}, losses_of(name), lora=name == "lora") for name, folder in folders.items()}
+    return {
+        name: run(ranks, folder, {}, losses_of(name), lora=name.startswith("lora")) for name, folder in folders.items()
+    }
 
 
 @pytest.fixture(scope="module")
