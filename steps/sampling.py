@@ -1,6 +1,6 @@
 """What sampling and scoring need, from the config: shared by the training and the evaluation step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from posttrain import storage
 from posttrain.compute.generator.transformers import TransformersGenerator
@@ -35,9 +35,10 @@ async def rollout_parts(
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     choice = config.rollout.generator
     cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
+    pool = replace(resources.generator, concurrency=getattr(cls, "concurrency", resources.generator.concurrency))
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     generators = Generators(
-        ActorGroup("generator", cls, [arguments] * count, resources.generator),
+        ActorGroup("generator", cls, [arguments] * count, pool),
         timeout_s=config.rollout.timeout_s,
         max_failures=config.rollout.max_failures,
     )

@@ -5,6 +5,7 @@ Answers are tokens of the prompt in an order that the seed decides, so they are 
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,13 +14,16 @@ from posttrain.compute.weight_sync import digest
 
 
 class StubGenerator:
-    """Answers at once, or after `seconds` a call; takes any number of calls at the same time.
+    """Answers at once, or after `seconds` a call, 64 calls at the same time.
 
     Its logprobs are made up, so what is trained on them means nothing.
     """
 
-    def __init__(self, *, model_uri: str, stop_ids: Sequence[int], pad_id: int, seconds: float = 0.0):
-        self.stop_ids, self.seconds, self.version = tuple(stop_ids), seconds, -1
+    concurrency: ClassVar[int] = 65
+    seconds: ClassVar[float] = 0.0
+
+    def __init__(self, *, model_uri: str, stop_ids: Sequence[int], pad_id: int):
+        self.stop_ids, self.version = tuple(stop_ids), -1
 
     def weight_dtype(self) -> str:
         return "float32"
