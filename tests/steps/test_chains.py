@@ -61,10 +61,12 @@ def test_a_later_run_starts_from_an_earlier_one_and_keeps_its_lineage(tmp_path: 
 
 
 @pytest.mark.parametrize("named_by", ["run", "folder"])
-def test_every_link_of_a_chain_is_found_by_run_and_by_folder(tmp_path: Path, named_by: str):
+def test_every_link_of_a_chain_is_found_by_run_and_by_folder(tmp_path: Path, judge: Path, named_by: str):
     """DPO -> GRPO, reward -> GRPO, teacher -> distillation; SFT -> DPO is the test above."""
     flows = {"dpo": "DPOFlow", "reward": "RewardFlow", "sft": "SFTFlow"}
-    made = {name: exported(recipe_config(name, warmup=None), tmp_path, flow, name) for name, flow in flows.items()}
+    made = {name: exported(recipe_config(name, warmup=None), tmp_path, flows[name], name) for name in ("dpo", "sft")}
+    made["reward"] = tmp_path / "RewardFlow" / "1" / "export"
+    storage.publish(judge, str(made["reward"]))
     at = {name: f"run:{flow}/1" if named_by == "run" else str(made[name]) for name, flow in flows.items()}
     here = {"checkpoint.root": str(tmp_path)}
 
