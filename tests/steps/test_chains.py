@@ -18,10 +18,10 @@ from posttrain.model.forward import forward
 from posttrain.model.heads import name_outputs
 from posttrain.model.load import load_decoder
 from posttrain.workflow.reward_model import RewardModel
-from runs import prepared, recipe_config, small_config
+from runs import metrics, prepared, recipe_config, result_of, run_step, small_config
 from steps.chat import chat
 from steps.export import export
-from steps.origin import LINEAGE
+from steps.origin import LINEAGE, locate
 from steps.plan import plan
 from tiny import tiny_model
 
@@ -58,6 +58,60 @@ def test_a_later_run_starts_from_an_earlier_one_and_keeps_its_lineage(tmp_path: 
     assert runs[1]["started_from"] == "model run:SFTFlow/1"
     card = (second / "README.md").read_text()
     assert "| SFTFlow/1 | sft | model fresh |" in card and "| before | 2.0 |" in card
+
+
+@pytest.mark.parametrize("named_by", ["run", "folder"])
+def test_every_link_of_a_chain_is_found_by_run_and_by_folder(tmp_path: Path, judge: Path, named_by: str):
+    """DPO -> GRPO, reward -> GRPO, teacher -> distillation; SFT -> DPO is the test above."""
+    flows = {"dpo": "DPOFlow", "reward": "RewardFlow", "sft": "SFTFlow"}
+    made = {name: exported(recipe_config(name, warmup=None), tmp_path, flows[name], name) for name in ("dpo", "sft")}
+    made["reward"] = tmp_path / "RewardFlow" / "1" / "export"
+    storage.publish(judge, str(made["reward"]))
+    at = {name: f"run:{flow}/1" if named_by == "run" else str(made[name]) for name, flow in flows.items()}
+    here = {"checkpoint.root": str(tmp_path)}
+
+    started = {"model": {"fresh": None, "path": at["dpo"]}, "reward.function": None, "reward.model": at["reward"]}
+    rl = small_config(**here, **started, warmup=None)
+    root = Path(plan(rl, flow="GRPOFlow", run_id="1")["root"])
+    base = prepared(root, rl)
+    assert Path(base.model_uri, "model.safetensors").read_bytes() == (made["dpo"] / "model.safetensors").read_bytes()
+    judge = RewardModel(locate(at["reward"], rl))
+    ((score, parts),) = judge.score({"messages": [{"role": "user", "content": "sort 21"}]}, ["12"])
+    assert parts == {"reward": score}
+
+    changes = {"method.teacher": {"fresh": None, "path": at["sft"]}, "warmup": None}
+    student = recipe_config("distill", **here, **changes)
+    root = Path(plan(student, flow="DistillFlow", run_id="1")["root"])
+    teacher = prepared(root, student).teacher_uri
+    assert teacher is not None
+    assert Path(teacher, "model.safetensors").read_bytes() == (made["sft"] / "model.safetensors").read_bytes()
+    folder = exported(student, tmp_path / "again", "DistillFlow", "d")
+    (entry,) = json.loads((folder / LINEAGE).read_text())
+    assert entry["started_from"] == f"model fresh, teacher {at['sft']}"
+
+
+@pytest.mark.slow
+def test_grpo_is_judged_by_the_ratings_that_a_reward_model_learned(tmp_path: Path):
+    rows = {"data.sources": "small_task:rated", "data.held_out": "small_task:held_out_rated"}
+    kind = {"method.kind": "ratings", "method.attributes": ["right", "long"], "optim.num_steps": 2}
+    config = recipe_config("reward", **rows, **kind)
+    root = tmp_path / "RewardFlow" / "1"
+    base = prepared(root, config)
+    inputs = {"root": str(root), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri, "recipe": True}
+    trained = result_of(run_step("train", config, root, **inputs))
+    storage.publish(Path(trained["model_uri"]), str(root / "export"))
+
+    judged = {"reward.function": None, "reward.model": "run:RewardFlow/1", "reward.heads": {"right": 1.0, "long": -0.5}}
+    rl = small_config(**judged, **{"checkpoint.root": str(tmp_path), "optim.num_steps": 2, "reward.timeout_s": 60})
+    root = Path(plan(rl, flow="GRPOFlow", run_id="1")["root"])
+    base = prepared(root, rl)
+    uris = {"root": str(root), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri}
+    result_of(run_step("grpo", rl, root, **uris))
+    steps = metrics(root / "metrics" / "grpo.jsonl")
+    assert len(steps) == 2
+    for step in steps:
+        assert step["reward/mean"] == pytest.approx(step["reward/right"] + step["reward/long"], abs=1e-5)
+        assert step["reward/right"] != 0 != step["reward/long"]
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path: Path):

@@ -3,7 +3,7 @@
 import pytest
 
 from posttrain.errors import GateError
-from posttrain.workflow.measures import check_gate, measured, perplexity
+from posttrain.workflow.measures import LABELS, check_gate, in_order, label_of, measured, pass_names, perplexity
 
 BEFORE, AFTER = {"loss": 1.0, "greedy_reward": 0.5}, {"loss": 1.2, "greedy_reward": 0.6, "margin": 3.0}
 
@@ -35,3 +35,21 @@ def test_only_what_all_models_have_is_compared():
 
 def test_a_loss_beyond_all_floats_has_an_infinite_perplexity():
     assert perplexity(0.0) == 1.0 and perplexity(1e4) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "worse"), [("abs_error", 0.9), ("calibration_error", 0.9), ("pass@4", 0.1), ("accuracy", 0.1)]
+)
+def test_every_new_measure_is_judged_the_right_way(name: str, worse: float):
+    models = {"before": {name: 0.5}, "after": {name: worse}}
+    with pytest.raises(GateError, match=name):
+        check_gate(models, {name: 0.1}, before="before", after="after")
+    check_gate(models, {name: 0.1}, before="after", after="before")
+
+
+def test_pass_at_k_stands_in_order_before_the_tokens():
+    assert pass_names(12) == ["pass@1", "pass@2", "pass@4", "pass@8", "pass@12"]
+    assert pass_names(1) == ["pass@1"] and pass_names(4)[-1] == "pass@4"
+    shuffled = ["mean_tokens", "pass@12", "pass@2", "loss", "slices", "best_reward"]
+    assert in_order(shuffled) == ["loss", "best_reward", "pass@2", "pass@12", "mean_tokens"]
+    assert label_of("pass@4") == "solved by one of 4 samples" and label_of("loss") == LABELS["loss"]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -74,6 +75,27 @@ def test_pointwise_mse_equals_the_formula():
     assert loss.item() == pytest.approx(((SCORES - LABELS) ** 2).sum(), abs=1e-9)
     np.testing.assert_allclose(gradient.squeeze(-1).numpy(), 2 * (SCORES - LABELS), atol=1e-9)
     assert metrics["abs_error"].item() == pytest.approx(np.abs(SCORES - LABELS).sum())
+
+
+@pytest.mark.parametrize("kind", ["mse", "bce"])
+def test_a_missing_label_adds_nothing_to_loss_gradient_or_metrics(kind: Literal["mse", "bce"]):
+    known = np.array([True, False, True, True, False, True])
+    scores = torch.tensor(np.stack([SCORES + 1, SCORES], axis=1)).requires_grad_()
+    loss_fn = PointwiseLoss(kind=kind, label="long", column=1, outputs=2)
+    loss, metrics = loss_fn(output_of(score=scores), batch_of(long=np.where(known, LABELS, np.nan)))
+    (gradient,) = torch.autograd.grad(loss, scores)
+    score, label = SCORES[known], LABELS[known]
+    p = 1 / (1 + np.exp(-score))
+    expected = (score - label) ** 2 if kind == "mse" else -(label * np.log(p) + (1 - label) * np.log(1 - p))
+    slope = 2 * (score - label) if kind == "mse" else p - label
+    assert loss.item() == pytest.approx(expected.sum(), abs=1e-9)
+    np.testing.assert_allclose(gradient[known, 1].numpy(), slope, atol=1e-9)
+    assert not gradient[:, 0].any() and not gradient[~known].any()
+    assert metrics["labelled"].item() == known.sum() and metrics["label"].item() == pytest.approx(label.sum())
+    if kind == "mse":
+        assert metrics["abs_error"].item() == pytest.approx(np.abs(score - label).sum())
+    else:
+        assert metrics["accuracy"].item() == ((score > 0) == (label > 0.5)).sum()
 
 
 def test_pointwise_bce_equals_the_formula_and_bears_extreme_scores():
