@@ -27,6 +27,7 @@ class Completion:
     logprobs: tuple[float, ...]
     """nats, at the request's temperature (at 1 when it is 0)."""
     versions: tuple[int, ...]
+    """Of the weights that made each token; it rises within a completion where a sync came between two tokens."""
     finish_reason: str
     """"stop" or "length"."""
 
@@ -34,7 +35,8 @@ class Completion:
 class Generator(Protocol):
     """Holds one copy of the policy's weights and samples from it.
 
-    Made as `cls(model_uri=…, stop_ids=…, pad_id=…)` in a process of its own.
+    Made as `cls(model_uri=…, stop_ids=…, pad_id=…)` in a process of its own. Several threads may call generate() at
+    once, and sync() while they wait: an engine that cannot update running requests holds a lock.
     """
 
     def weight_dtype(self) -> str:
@@ -47,4 +49,16 @@ class Generator(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Sample every request; results keep the requests' order."""
+        ...
+
+
+class Sleeper(Protocol):
+    """What a generator also has that can give its GPU's memory back while the policy trains."""
+
+    def sleep(self) -> None:
+        """Drop weights and cache, keep requests; nothing is sampled until a sync has followed wake()."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory for weights again, for the sync that follows."""
         ...
