@@ -40,7 +40,7 @@ def evaluate(
     Raises:
         GateError: a measure of the last model is worse than eval.gate allows.
     """
-    resources = hardware(config.parallel)
+    resources = hardware(config.parallel, gpus_per_engine=config.rollout.tensor)
     with ray_cluster(Gang(), **resources.cluster):
         found = asyncio.run(_evaluate(config, tokens_uri, models, (rows_uri or tokens_uri, teacher_uri), resources))
     check_gate(found, config.eval.gate, before=next(iter(models)), after=list(models)[-1])

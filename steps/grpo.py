@@ -42,7 +42,7 @@ def grpo(
         model_uri, checkpoint root, rewards at both ends and the ledger; None on a node
         that only lent its hardware.
     """
-    resources = hardware(config.parallel)
+    resources = hardware(config.parallel, gpus_per_engine=config.rollout.tensor)
     with ray_cluster(gang or Gang(), **resources.cluster) as driving:
         if not driving:
             return None
@@ -57,7 +57,6 @@ def grpo(
 async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
     method, optim, (root, model_uri, tokens_uri) = config.method, config.optim, uris.values()
     assert isinstance(method, GRPO), "the flow has refused any other"
-    parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
     policy = await Policy.launch(
         sizes=resources.sizes,
         model_uri=model_uri,
@@ -67,6 +66,8 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
         timeout_s=config.rollout.timeout_s,
         pool=resources.policy,
     )
+    # After the policy, so that a generator finds the GPU of a rank that it is to share, and not one of another.
+    parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), *observers])
     controller = Controller(

@@ -17,6 +17,10 @@ class Hardware:
     """What each node offers Ray."""
     policy: Pool
     generator: Pool
+    generators: int
+    """Engines, each on a Pool of its own."""
+    shared: bool
+    """Whether generators and policy ranks share GPUs."""
     sizes: Sizes
     """Of the policy's mesh."""
     sizes_on_one_node: Sizes
@@ -25,18 +29,19 @@ class Hardware:
     """CPU actors that tokenise and pack ahead; 0 leaves that to a thread of the driver."""
 
 
-def hardware(parallel: Parallel) -> Hardware:
+def hardware(parallel: Parallel, *, gpus_per_engine: int = 1) -> Hardware:
     """One rule for a laptop and for N GPUs.
 
-    With a GPU to spare the generator gets its own; otherwise it shares one with a policy
-    rank and the two take turns. On CPU the ranks split the cores, and the generator, which
+    GPUs that the policy leaves hold as many generators as fit; where it leaves none, a generator shares the GPU
+    of every policy rank and the two take turns. On CPU the ranks split the cores, and the generator, which
     works while the ranks wait, uses all of them.
     """
     local = parallel.backend == "local"
     cores = (os.cpu_count() or 1) if local else parallel.cpus_per_node
     gpus = parallel.gpus_per_node
     ranks_per_node = -(-parallel.ranks // parallel.nodes)
-    alone = parallel.gpus > parallel.ranks
+    spare = parallel.gpus - parallel.ranks
+    alone = spare > 0
     # One worker makes 0.6 M tokens/s and more (benchmarks/tokenize_pack.py); a GPU trains a 0.6B model at 0.1 M.
     workers = -(-gpus // 4)
     return Hardware(
@@ -47,7 +52,13 @@ def hardware(parallel: Parallel) -> Hardware:
             orchestrator=parallel.orchestrator,
             placement="PACK" if gpus else "SPREAD",  # GPUs of a node talk over NVLink; cores are for sharing the work
         ),
-        generator=Pool(gpus=0 if not gpus else 1 if alone else 0.4, threads=cores, orchestrator=parallel.orchestrator),
+        generator=Pool(
+            gpus=0 if not gpus else gpus_per_engine if alone else 0.4,
+            threads=cores,
+            orchestrator=parallel.orchestrator,
+        ),
+        generators=1 if not gpus else spare // gpus_per_engine if alone else parallel.ranks,
+        shared=bool(gpus) and not alone,
         sizes=Sizes(data=parallel.data_ranks, tensor=parallel.tensor, expert=parallel.expert),
         sizes_on_one_node=_on_one_node(parallel),
         data_workers=workers,

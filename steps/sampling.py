@@ -1,9 +1,11 @@
 """What sampling and scoring need, from the config: shared by the training and the evaluation step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from posttrain import storage
 from posttrain.compute.generator.transformers import TransformersGenerator
+from posttrain.compute.generator.vllm import VllmGenerator
 from posttrain.compute.workers import ActorGroup
 from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
@@ -15,6 +17,9 @@ from posttrain.workflow.rollouts import Prompts, RolloutMaker, Sampling, Shaping
 from steps.hardware import Hardware
 from steps.origin import locate
 from steps.recipes import prompt_sets
+
+OWN_MEMORY, SHARED_MEMORY = 0.9, 0.4
+"""Of a GPU's memory, for vLLM's weights and cache: alone, and beside a policy rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +35,8 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
     """Start a generator of `model_uri`'s architecture and a reward process, and read the prompts."""
     assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
-    choice = config.rollout.generator
-    cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-    generators = ActorGroup("generator", cls, [arguments], resources.generator)
+    generators = _generators(config, arguments, resources)
     judge = None if config.reward.model is None else locate(config.reward.model, config)
     rewards = RewardPool(config.reward.function, model=judge, timeout_s=config.reward.timeout_s)
     await rewards.ready()
@@ -54,6 +57,22 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
     names = prompt_sets(config)
     sets = {name: Prompts(*read_prompts(folder / f"{name}.parquet"), seed=config.seed) for name in names}
     return RolloutParts(generators=generators, maker=maker, sets=sets)
+
+
+def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardware) -> ActorGroup:
+    match config.rollout.generator:
+        case "transformers":
+            cls = TransformersGenerator
+        case "vllm":
+            cls = VllmGenerator
+            arguments = arguments | {
+                "max_tokens": config.data.pack_tokens,  # no rollout is longer, of however many turns
+                "memory_share": SHARED_MEMORY if resources.shared else OWN_MEMORY,
+                "can_sleep": config.rollout.sleep,
+            }
+        case path:
+            cls = resolve(path, key="rollout.generator")
+    return ActorGroup("generator", cls, [arguments] * resources.generators, resources.generator)
 
 
 def _shaping(config: RunConfig) -> Shaping:

@@ -75,8 +75,13 @@ class Optim(Section):
 class Rollout(Section):
     """How the policy is sampled in training."""
 
-    generator: Literal["transformers"] | Plugin = "transformers"
-    """The embedded engine, or your own class."""
+    generator: Literal["transformers", "vllm"] | Plugin = "transformers"
+    """The embedded engine, vLLM, or your own class."""
+    tensor: int = Field(default=1, ge=1)
+    """GPUs that share one vLLM engine; those that `parallel` has beside the policy's ranks hold as many as fit."""
+    sleep: bool = False
+    """vLLM gives the memory of a GPU back while a policy rank on the same GPU trains: for models that would not fit
+    beside it, slower."""
     prompts_per_step: int = Field(default=64, ge=1)
     """Groups in one optimizer step."""
     temperature: float = Field(default=1.0, gt=0)
@@ -246,6 +251,7 @@ class RunConfig(Section):
 
     def _of_hardware(self) -> list[str]:
         problems = self.parallel.unfit(backend=self.model.backend, adapters=self.model.lora is not None)
+        problems += self._of_generators()
         if self.parallel.backend != "local" and not (self.checkpoint.root or "").startswith("s3://"):
             problems.append(
                 f"parallel.backend = {self.parallel.backend} runs every step in a container of its own; "
@@ -253,4 +259,19 @@ class RunConfig(Section):
             )
         if self.parallel.backend == "batch" and not self.parallel.queue:
             problems.append("parallel.backend = batch needs parallel.queue")
+        return problems
+
+    def _of_generators(self) -> list[str]:
+        """What the generators cannot do on these GPUs."""
+        rollout, spare, problems = self.rollout, self.parallel.gpus - self.parallel.ranks, []
+        if rollout.generator != "vllm" and (rollout.tensor > 1 or rollout.sleep):
+            problems.append("rollout.tensor and rollout.sleep are vLLM's; set rollout.generator: vllm")
+        if rollout.tensor > 1 and rollout.tensor > max(spare, 0):
+            problems.append(
+                f"rollout.tensor = {rollout.tensor} needs as many GPUs of its own; parallel leaves {max(spare, 0)} "
+                "beside the policy's ranks"
+            )
+        if rollout.sleep and spare:
+            where = "runs on CPUs" if not self.parallel.gpus else "has GPUs of its own"
+            problems.append(f"rollout.sleep: the generator {where}, so nothing would be gained; set it to false")
         return problems

@@ -96,7 +96,7 @@ def test_a_wrong_value_is_named_by_its_path_and_shown(path, value):
 
 
 def test_a_wrong_generator_is_named_by_the_key_a_person_wrote():
-    lines = refusal({"rollout.generator": "vllm"})
+    lines = refusal({"rollout.generator": "sglang"})
     assert lines and all(line.startswith("rollout.generator: ") for line in lines)
     assert any("package.module:name" in line for line in lines)
 

@@ -23,7 +23,7 @@ from posttrain import faults, storage
 from posttrain.compute.generator import Completion, Request
 from posttrain.compute.vllm_logprobs import ENVIRONMENT, require_vllm
 from posttrain.compute.weight_sync import WRAP, Held, digest_of
-from posttrain.errors import ComputeError, ConfigError
+from posttrain.errors import ComputeError, ConfigError, DataError
 
 ON_CPU = {
     "TORCHDYNAMO_DISABLE": "1",  # its sampler would compile for 20 s
@@ -140,11 +140,15 @@ class VllmGenerator:
         )
 
     def _sampling(self, request: Request) -> Any:
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+        from vllm import SamplingParams  # pyright: ignore
 
         if 0 < request.temperature < MIN_TEMPERATURE:
             raise ConfigError(f"temperature {request.temperature}: vllm samples at 0 or at {MIN_TEMPERATURE} and above")
+        room = self.engine.vllm_config.model_config.max_model_len
+        if len(request.token_ids) >= room:
+            raise DataError(f"a prompt of {len(request.token_ids)} tokens leaves no room in the {room} of the engine")
         return SamplingParams(
             temperature=request.temperature,
             seed=request.seed % (1 << 63),
@@ -228,7 +232,7 @@ class VllmGenerator:
             self._step()
         for state in self.engine.output_processor.request_states.values():
             self._open[state.external_req_id].marks.append((state.detokenizer.num_output_tokens(), self.version))
-        self.engine.collective_rpc("posttrain_load", args=(list(weights.items()),))
+        self._load(version, weights)
         self.version = version
         held = self._held({name: tuple(tensor.shape) for name, tensor in weights.items()})
         if self.asleep:
@@ -237,6 +241,9 @@ class VllmGenerator:
         core.reset_prefix_cache(reset_running_requests=True)
         core.resume_scheduler()
         return held
+
+    def _load(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        self.engine.collective_rpc("posttrain_load", args=(list(weights.items()),))
 
     def _held(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """digest() of what the workers hold together."""
@@ -268,6 +275,6 @@ def vllm_is_installed() -> bool:
 def _keep_weights_unpacked() -> None:
     """vLLM 0.32 packs private copies of linear weights for oneDNN on CPUs; a tied head would keep the old ones after a
     sync, with no error."""
-    from vllm import _custom_ops  # pyright: ignore[reportMissingImports]
+    from vllm import _custom_ops  # pyright: ignore
 
     _custom_ops._supports_onednn = False

@@ -35,7 +35,7 @@ class WeightsWorker:
     def posttrain_load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy whole tensors, under Hugging Face names, into the model; it takes its own share of each."""
         with torch.no_grad():
-            _model(self).load_weights(iter(weights))
+            _model(self).load_weights(iter(weights))  # pyright: ignore[reportCallIssue]
 
     def posttrain_held(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Held]:
         """This worker's parts of the named tensors; `shapes` are those of the whole.

@@ -1,0 +1,45 @@
+"""The GRPO step with vLLM as its generator: it trains on what it sampled, and stops when the generator fails."""
+
+from pathlib import Path
+
+import pytest
+
+from runs import Prepared, metrics, prepared, result_of, run_step, small_config
+
+CHANGES = {
+    "rollout.generator": "vllm",
+    "model.fresh": {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},  # heads of 32
+    "optim.num_steps": 3,
+    "parallel.data": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepared(tmp_path_factory.mktemp("inputs"), small_config(**CHANGES))
+
+
+def run(base: Prepared, folder: Path, *, fault: str | None = None, **changes):
+    inputs = {"root": str(folder), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri}
+    return run_step("grpo", small_config(**CHANGES | changes), folder, fault=fault, **inputs)
+
+
+def test_it_trains_on_what_vllm_sampled(base: Prepared, tmp_path: Path):
+    result = result_of(run(base, tmp_path))
+    assert result["ledger"]["trained"] == 3 * 4
+    rows = metrics(tmp_path / "metrics" / "grpo.jsonl")
+    assert len(rows) == 3
+    assert 0 < max(row["policy/mismatch_abs"] for row in rows) < 1e-5, "two engines, one model, in float32"
+    assert all(row["policy/grad_norm"] > 0 for row in rows)
+
+
+def test_stale_weights_stop_the_run(base: Prepared, tmp_path: Path):
+    ended = run(base, tmp_path, **{"rollout.generator": "vllm_actors:ForgetfulVllm"})
+    assert ended.returncode != 0
+    assert "SyncError: generator 0 holds" in ended.stderr and "after the sync to version 1" in ended.stderr
+
+
+def test_a_killed_engine_is_named(base: Prepared, tmp_path: Path):
+    ended = run(base, tmp_path, fault="vllm.step@20")
+    assert ended.returncode != 0
+    assert "WorkerDiedError: generator 0 died during generate()" in ended.stderr
