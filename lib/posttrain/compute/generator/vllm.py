@@ -140,9 +140,8 @@ class VllmGenerator:
         )
 
     def _sampling(self, request: Request) -> Any:
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
-
         from vllm import SamplingParams  # pyright: ignore
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
         if 0 < request.temperature < MIN_TEMPERATURE:
             raise ConfigError(f"temperature {request.temperature}: vllm samples at 0 or at {MIN_TEMPERATURE} and above")

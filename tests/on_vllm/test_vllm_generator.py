@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.compute.generator.vllm import VllmGenerator
+from posttrain.compute.generator.vllm import VllmGenerator, vllm_is_installed
 from posttrain.compute.weight_sync import digest
 from posttrain.errors import ComputeError, ConfigError, DataError, SyncError
 from posttrain.model.load import load_decoder
 from posttrain.model.weights import hf_tensors
 from vllm_models import asked, model_folder, our_logprobs
 
+pytestmark = pytest.mark.skipif(not vllm_is_installed(), reason="vllm is not installed: make test-vllm")
 STOPS = (7, 9)
 
 

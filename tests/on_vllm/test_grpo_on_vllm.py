@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.compute.generator.vllm import vllm_is_installed
 from runs import Prepared, metrics, prepared, result_of, run_step, small_config
 
+pytestmark = pytest.mark.skipif(not vllm_is_installed(), reason="vllm is not installed: make test-vllm")
 CHANGES = {
     "rollout.generator": "vllm",
     "model.fresh": {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},  # heads of 32
