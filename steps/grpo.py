@@ -42,7 +42,7 @@ def grpo(
         model_uri, checkpoint root, rewards at both ends and the ledger; None on a node
         that only lent its hardware.
     """
-    resources = hardware(config.parallel, gpus_per_engine=config.rollout.tensor)
+    resources = hardware(config.parallel, config.rollout.generators, gpus_each=config.rollout.tensor)
     with ray_cluster(gang or Gang(), **resources.cluster) as driving:
         if not driving:
             return None
@@ -67,7 +67,8 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
         pool=resources.policy,
     )
     # After the policy, so that a generator finds the GPU of a rank that it is to share, and not one of another.
-    parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
+    uris_of_parts = {"model_uri": model_uri, "tokens_uri": tokens_uri}
+    parts = await rollout_parts(config, **uris_of_parts, resources=resources, count=config.rollout.generators)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), *observers])
     controller = Controller(
@@ -75,6 +76,7 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
             num_steps=optim.num_steps,
             prompts_per_step=config.rollout.prompts_per_step,
             group_size=method.group_size,
+            max_staleness=config.rollout.max_staleness,
             advantages=advantages_of(method.advantage),
             weigh_by_sequence=method.weigh == "sequence",
             pack_tokens=config.data.pack_tokens,

@@ -17,8 +17,6 @@ class Hardware:
     """What each node offers Ray."""
     policy: Pool
     generator: Pool
-    generators: int
-    """Engines, each on a Pool of its own."""
     shared: bool
     """Whether generators and policy ranks share GPUs."""
     sizes: Sizes
@@ -29,23 +27,22 @@ class Hardware:
     """CPU actors that tokenise and pack ahead; 0 leaves that to a thread of the driver."""
 
 
-def hardware(parallel: Parallel, *, gpus_per_engine: int = 1) -> Hardware:
+def hardware(parallel: Parallel, generators: int = 1, *, gpus_each: int = 1) -> Hardware:
     """One rule for a laptop and for N GPUs.
 
-    GPUs that the policy leaves hold as many generators as fit; where it leaves none, a generator shares the GPU
-    of every policy rank and the two take turns. On CPU the ranks split the cores, and the generator, which
-    works while the ranks wait, uses all of them.
+    With a GPU to spare for each, generators get their own; otherwise each shares one with a policy
+    rank and the two take turns. On CPU the ranks split the cores, and the generators, which
+    work while the ranks wait, use all of them.
     """
     local = parallel.backend == "local"
     cores = (os.cpu_count() or 1) if local else parallel.cpus_per_node
     gpus = parallel.gpus_per_node
     ranks_per_node = -(-parallel.ranks // parallel.nodes)
-    spare = parallel.gpus - parallel.ranks
-    alone = spare > 0
+    alone = parallel.gpus >= parallel.ranks + generators * gpus_each
     # One worker makes 0.6 M tokens/s and more (benchmarks/tokenize_pack.py); a GPU trains a 0.6B model at 0.1 M.
     workers = -(-gpus // 4)
     return Hardware(
-        cluster={"num_cpus": max(cores, ranks_per_node + 1 + workers), "num_gpus": gpus},
+        cluster={"num_cpus": max(cores, ranks_per_node + generators + workers), "num_gpus": gpus},
         policy=Pool(
             gpus=0 if not gpus else 1 if alone else 0.6,
             threads=max(1, cores // ranks_per_node),
@@ -53,11 +50,10 @@ def hardware(parallel: Parallel, *, gpus_per_engine: int = 1) -> Hardware:
             placement="PACK" if gpus else "SPREAD",  # GPUs of a node talk over NVLink; cores are for sharing the work
         ),
         generator=Pool(
-            gpus=0 if not gpus else gpus_per_engine if alone else 0.4,
+            gpus=0 if not gpus else gpus_each if alone else 0.4,
             threads=cores,
             orchestrator=parallel.orchestrator,
         ),
-        generators=1 if not gpus else spare // gpus_per_engine if alone else parallel.ranks,
         shared=bool(gpus) and not alone,
         sizes=Sizes(data=parallel.data_ranks, tensor=parallel.tensor, expert=parallel.expert),
         sizes_on_one_node=_on_one_node(parallel),

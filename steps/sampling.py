@@ -1,6 +1,6 @@
 """What sampling and scoring need, from the config: shared by the training and the evaluation step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain import storage
@@ -12,8 +12,9 @@ from posttrain.config_method import GRPO
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
+from posttrain.workflow.generators import Generators
 from posttrain.workflow.reward_pool import RewardPool
-from posttrain.workflow.rollouts import Prompts, RolloutMaker, Sampling, Shaping
+from posttrain.workflow.rollouts import Limit, Prompts, RolloutMaker, Sampling, Shaping
 from steps.hardware import Hardware
 from steps.origin import locate
 from steps.recipes import prompt_sets
@@ -21,22 +22,31 @@ from steps.recipes import prompt_sets
 OWN_MEMORY, SHARED_MEMORY = 0.9, 0.4
 """Of a GPU's memory, for vLLM's weights and cache: alone, and beside a policy rank."""
 
+CALLS = 64
+"""Groups that wait in one vLLM engine at once where it samples while the policy trains."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutParts:
-    """A generator, a reward process, and the sets of prompts by name."""
+    """Generators, a reward process, and the sets of prompts by name."""
 
-    generators: ActorGroup
+    generators: Generators
     maker: RolloutMaker
     sets: dict[str, Prompts]
 
 
-async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, resources: Hardware) -> RolloutParts:
-    """Start a generator of `model_uri`'s architecture and a reward process, and read the prompts."""
+async def rollout_parts(
+    config: RunConfig, *, model_uri: str, tokens_uri: str, resources: Hardware, count: int = 1
+) -> RolloutParts:
+    """Start `count` generators of `model_uri`'s architecture and a reward process, and read the prompts."""
     assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-    generators = _generators(config, arguments, resources)
+    generators = Generators(
+        _generators(config, arguments, resources, count),
+        timeout_s=config.rollout.timeout_s,
+        max_failures=config.rollout.max_failures,
+    )
     judge = None if config.reward.model is None else locate(config.reward.model, config)
     rewards = RewardPool(config.reward.function, model=judge, timeout_s=config.reward.timeout_s)
     await rewards.ready()
@@ -48,9 +58,11 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
             seed=config.seed,
             temperature=config.rollout.temperature,
             max_new_tokens=config.rollout.max_new_tokens,
-            timeout_s=config.rollout.timeout_s,
         ),
-        max_reward_failures=config.reward.max_failures,
+        limits={
+            "reward_error": Limit(config.reward.max_failures, "a failed reward", "reward.max_failures"),
+            "generation_error": Limit(config.rollout.max_failures, "a failed generator", "rollout.max_failures"),
+        },
         shaping=_shaping(config),
     )
     folder = storage.fetch(tokens_uri)
@@ -59,7 +71,8 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
     return RolloutParts(generators=generators, maker=maker, sets=sets)
 
 
-def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardware) -> ActorGroup:
+def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardware, count: int) -> ActorGroup:
+    pool = resources.generator
     match config.rollout.generator:
         case "transformers":
             cls = TransformersGenerator
@@ -70,9 +83,11 @@ def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardwar
                 "memory_share": SHARED_MEMORY if resources.shared else OWN_MEMORY,
                 "can_sleep": config.rollout.sleep,
             }
+            # In turn with training all groups of a step come in one call, whose batches are the same in every run.
+            pool = replace(pool, concurrency=CALLS + 1) if config.rollout.max_staleness else pool
         case path:
             cls = resolve(path, key="rollout.generator")
-    return ActorGroup("generator", cls, [arguments] * resources.generators, resources.generator)
+    return ActorGroup("generator", cls, [arguments] * count, pool)
 
 
 def _shaping(config: RunConfig) -> Shaping:

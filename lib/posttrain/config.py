@@ -90,6 +90,14 @@ class Rollout(Section):
     """A completion that reaches it is cut, tokens."""
     timeout_s: float = Field(default=600, gt=0)
     """Deadline of every call to a policy rank or generator, the start with its model load included, seconds."""
+    generators: int = Field(default=1, ge=1)
+    """Copies of the engine that training samples with."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Optimizer steps by which the weights that sampled a token may be behind those that it trains; 0 samples and
+    trains in turn, more lets generators work while the policy trains."""
+    max_failures: int = Field(default=2, ge=0)
+    """Generators that may die and are replaced, and groups that may be dropped because a generator raised; one more of
+    either stops the run."""
 
 
 class Reward(Section):
@@ -263,15 +271,17 @@ class RunConfig(Section):
 
     def _of_generators(self) -> list[str]:
         """What the generators cannot do on these GPUs."""
-        rollout, spare, problems = self.rollout, self.parallel.gpus - self.parallel.ranks, []
+        rollout, gpus, ranks, problems = self.rollout, self.parallel.gpus, self.parallel.ranks, []
+        alone = gpus >= ranks + rollout.generators * rollout.tensor
         if rollout.generator != "vllm" and (rollout.tensor > 1 or rollout.sleep):
             problems.append("rollout.tensor and rollout.sleep are vLLM's; set rollout.generator: vllm")
-        if rollout.tensor > 1 and rollout.tensor > max(spare, 0):
+        if self.method.name == "grpo" and gpus and not alone and (rollout.tensor > 1 or rollout.generators > ranks):
             problems.append(
-                f"rollout.tensor = {rollout.tensor} needs as many GPUs of its own; parallel leaves {max(spare, 0)} "
-                "beside the policy's ranks"
+                f"rollout.generators = {rollout.generators} of rollout.tensor = {rollout.tensor} GPUs do not fit on "
+                f"{gpus} GPUs with {ranks} policy ranks: room is for one of a single GPU beside each rank, or for "
+                f"{max(gpus - ranks, 0)} GPUs without a rank"
             )
-        if rollout.sleep and spare:
-            where = "runs on CPUs" if not self.parallel.gpus else "has GPUs of its own"
+        if rollout.sleep and (alone or not gpus):
+            where = "has GPUs of its own" if gpus else "runs on CPUs"
             problems.append(f"rollout.sleep: the generator {where}, so nothing would be gained; set it to false")
         return problems

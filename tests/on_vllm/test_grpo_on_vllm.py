@@ -13,6 +13,7 @@ CHANGES = {
     "model.fresh": {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},  # heads of 32
     "optim.num_steps": 3,
     "parallel.data": 1,
+    "rollout.max_failures": 0,
 }
 
 

@@ -21,7 +21,7 @@ class Pool:
     threads: int = 1
     """Compute threads of each actor."""
     concurrency: int = 1
-    """Calls that an actor works on at once, each in a thread of its own; more wait their turn."""
+    """Calls that each actor takes at once, each in a thread of its own."""
     orchestrator: Literal["ray", "verl"] = "ray"
     """Who starts the actors and carries calls to them."""
     placement: Literal["PACK", "SPREAD"] | None = None

@@ -1,5 +1,6 @@
 """The process that scores groups, started anew when it dies, hangs or passes its deadline."""
 
+import asyncio
 from collections.abc import Sequence
 
 from posttrain.compute.pool import Pool
@@ -24,6 +25,8 @@ class RewardPool:
         self.worker = (RewardWorker, {"function": function}) if model is None else (RewardModel, {"folder": model})
         self.timeout_s = timeout_s
         self.workers = self._start()
+        self._turn = asyncio.Lock()
+        """Many groups ask at once; each has its deadline from when it is scored."""
 
     async def score(self, row: Row, completions: Sequence[str]) -> list[tuple[float, dict[str, float]]]:
         """Rewards of one group.
@@ -31,13 +34,14 @@ class RewardPool:
         Raises:
             RewardError: the function failed, died, or did not answer in time.
         """
-        try:
-            return await self.workers.call_one(0, "score", row, list(completions), timeout_s=self.timeout_s)
-        except ComputeError as error:
-            self.workers.kill()
-            self.workers = self._start()
-            await self.ready()
-            raise RewardError(str(error)) from None
+        async with self._turn:
+            try:
+                return await self.workers.call_one(0, "score", row, list(completions), timeout_s=self.timeout_s)
+            except ComputeError as error:
+                self.workers.kill()
+                self.workers = self._start()
+                await self.ready()
+                raise RewardError(str(error)) from None
 
     async def ready(self) -> None:
         """Wait until the process has imported the function: its first call is then not charged for that.
