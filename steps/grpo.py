@@ -20,7 +20,7 @@ from posttrain.workflow.policy import Policy
 from posttrain.workflow.policy_rank import Training
 from posttrain.workflow.stopping import StopSignal
 from steps.hardware import hardware
-from steps.sampling import rollout_parts
+from steps.sampling import rollout_parts, weights_way
 from steps.saving import checkpoints_of, saver_of
 from steps.tracking import tracking
 
@@ -81,6 +81,8 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
             weigh_by_sequence=method.weigh == "sequence",
             pack_tokens=config.data.pack_tokens,
             eval_every=config.eval.every_steps,
+            sync=weights_way(config, resources),
+            sleep=config.rollout.sleep,
         ),
         policy=policy,
         maker=parts.maker,

@@ -15,6 +15,7 @@ from posttrain.plugin import resolve
 from posttrain.workflow.generators import Generators
 from posttrain.workflow.reward_pool import RewardPool
 from posttrain.workflow.rollouts import Limit, Prompts, RolloutMaker, Sampling, Shaping
+from posttrain.workflow.weight_push import Way
 from steps.hardware import Hardware
 from steps.origin import locate
 from steps.recipes import prompt_sets
@@ -69,6 +70,13 @@ async def rollout_parts(
     names = prompt_sets(config)
     sets = {name: Prompts(*read_prompts(folder / f"{name}.parquet"), seed=config.seed) for name in names}
     return RolloutParts(generators=generators, maker=maker, sets=sets)
+
+
+def weights_way(config: RunConfig, resources: Hardware) -> Way:
+    """How training sends weights: vLLM takes them from device to device, all others from host memory."""
+    if config.rollout.generator != "vllm":
+        return "store"
+    return "ipc" if resources.shared else "broadcast"
 
 
 def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardware, count: int) -> ActorGroup:

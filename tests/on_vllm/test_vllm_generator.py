@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from posttrain.compute import weight_transfer
 from posttrain.compute.generator.vllm import VllmGenerator, vllm_is_installed
 from posttrain.compute.weight_sync import digest
+from posttrain.compute.weight_transfer import Sender
 from posttrain.errors import ComputeError, ConfigError, DataError, SyncError
 from posttrain.model.load import load_decoder
 from posttrain.model.weights import hf_tensors
@@ -157,6 +159,31 @@ def test_a_sync_between_two_tokens_keeps_requests_and_every_later_token_is_of_th
         torch.testing.assert_close(logprobs[old:], our_logprobs(after, request, completion)[old:], atol=1e-5, rtol=1e-5)
         switched += 0 < old < len(versions)
     assert switched, "no request ran through the sync"
+
+
+def test_weights_that_come_in_buckets_by_broadcast_are_held(synced: VllmGenerator, folder: Path, monkeypatch):
+    monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", 1 << 17)
+    after = changed(folder)
+    largest = max(parameter.numel() for parameter in after.parameters())
+    sender = Sender(torch.device("cpu"), lambda: hf_tensors(after), largest=largest)
+    address = sender.meet("127.0.0.1")
+    joining = threading.Thread(target=lambda: sender.join(world_size=1 + synced.workers(), timeout_s=60))
+    joining.start()
+    synced.join(address, 1, 1 + synced.workers(), 60.0)
+    joining.join()
+    sender.start("float32")
+    synced.begin_sync(6)
+    count = 0
+    while packed := sender.fill():
+        sending = threading.Thread(target=sender.send)
+        sending.start()
+        synced.load_bucket(packed)
+        sending.join()
+        count += 1
+    assert count > 2
+    assert synced.end_sync() == sender.digest("float32") == digest(hf_tensors(after))
+    (made,) = synced.generate([asked(5, new=4)])
+    assert set(made.versions) == {6}
 
 
 def test_a_temperature_that_vllm_would_change_is_refused(synced: VllmGenerator):

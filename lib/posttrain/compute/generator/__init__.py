@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from posttrain.compute.weight_transfer import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +54,33 @@ class Generator(Protocol):
         ...
 
 
-class Sleeper(Protocol):
-    """What a generator also has that can give its GPU's memory back while the policy trains."""
+class BucketGenerator(Generator, Protocol):
+    """A generator that also takes weights on its GPU, a bucket at a time (compute/weight_transfer.py)."""
 
-    def sleep(self) -> None:
-        """Drop weights and cache, keep requests; nothing is sampled until a sync has followed wake()."""
+    def gpu(self) -> str:
+        """The GPU that it computes on."""
         ...
 
-    def wake(self) -> None:
-        """Take the memory for weights again, for the sync that follows."""
+    def workers(self) -> int:
+        """Processes that each take part in a broadcast."""
+        ...
+
+    def join(self, address: str, first_rank: int, world_size: int, timeout_s: float) -> None:
+        """Meet the policy's rank 0 in a process group."""
+        ...
+
+    def begin_sync(self, version: int) -> None:
+        """Stop between two tokens."""
+        ...
+
+    def load_bucket(self, packed: Sequence[Packed], handle: Any = None) -> None:
+        """Take what is broadcast now, or what lies behind the handle of a bucket on the same GPU."""
+        ...
+
+    def end_sync(self) -> str:
+        """Go on; digest() of what is now held."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back, keep requests; the next sync takes it again."""
         ...

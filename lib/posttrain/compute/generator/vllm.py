@@ -1,6 +1,7 @@
 """vLLM as a generator, in this process: token ids in, token ids and logprobs out, weights replaced between two tokens.
 
-The only file that knows vLLM's versions: 0.25 beside torch 2.11 on GPUs, 0.32 and later beside torch 2.13.
+The one file that knows vLLM's versions: 0.25 beside torch 2.11 on GPUs, 0.32 and later beside torch 2.13.
+vllm_requests.py and vllm_worker.py, of which it is made, know what all of them share.
 
 One thread owns the engine and steps it; callers hand that thread work and wait. A sync comes between two steps: what is
 under way is finished, weights are loaded, and the cache is dropped, that of running requests too, so that every later
@@ -21,17 +22,16 @@ from torch import Tensor
 
 from posttrain import faults, storage
 from posttrain.compute.generator import Completion, Request
+from posttrain.compute.generator.vllm_requests import completion, sampling_params
 from posttrain.compute.vllm_logprobs import ENVIRONMENT, require_vllm
 from posttrain.compute.weight_sync import WRAP, Held, digest_of
-from posttrain.errors import ComputeError, ConfigError, DataError
+from posttrain.compute.weight_transfer import Packed, gpu_id
+from posttrain.errors import ComputeError
 
 ON_CPU = {
     "TORCHDYNAMO_DISABLE": "1",  # its sampler would compile for 20 s
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # OMP_NUM_THREADS is the pool's
 }
-
-MIN_TEMPERATURE = 0.01
-"""vLLM raises a lower one to this, silently: logprobs would be of another distribution than the policy's."""
 
 MAX_SEQUENCES = {"cpu": 64, "cuda": 512}
 """Requests decoded together; more wait."""
@@ -72,7 +72,8 @@ class VllmGenerator:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.stop_ids, self.can_sleep = list(stop_ids), can_sleep and self.device == "cuda"
-        self.version, self.asleep = -1, False
+        self.version, self.asleep, self._paused = -1, False, False
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[str, _Open] = {}
         self._numbered = 0
         self._broken: ComputeError | None = None
@@ -89,20 +90,41 @@ class VllmGenerator:
         return str(self.dtype).removeprefix("torch.")
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        asked = [(request, self._sampling(request)) for request in requests]
+        room = self.engine.vllm_config.model_config.max_model_len
+        asked = [(request, sampling_params(request, stop_ids=self.stop_ids, room=room)) for request in requests]
         return [done.result() for done in self._on_engine(lambda: [self._add(*each) for each in asked])]
 
     def sync(self, version: int, weights: Mapping[str, Tensor]) -> str:
         return self._on_engine(lambda: self._sync(version, weights))
 
     def sleep(self) -> None:
-        """Give the GPU's memory back; running requests are kept and go on after the next sync."""
+        """Give the GPU's memory back; running requests are kept and go on after the next sync, which takes it again."""
         self._on_engine(self._sleep)
 
-    def wake(self) -> None:
-        """Take the memory for weights; the next sync takes that for the cache."""
-        if self.asleep:
-            self._on_engine(lambda: self.engine.wake_up(tags=["weights"]))
+    def gpu(self) -> str:
+        """See weight_transfer.gpu_id(); an engine that shares a GPU with a policy rank has no other."""
+        return gpu_id()
+
+    def workers(self) -> int:
+        """Processes that hold a part of the model each."""
+        return self.engine.vllm_config.parallel_config.tensor_parallel_size
+
+    def join(self, address: str, first_rank: int, world_size: int, timeout_s: float) -> None:
+        """Meet the policy in a group that buckets are broadcast in; see Sender.join()."""
+        named = {"first_rank": first_rank, "world_size": world_size, "timeout_s": timeout_s}
+        self._on_engine(lambda: self.engine.collective_rpc("posttrain_join", args=(address,), kwargs=named))
+
+    def begin_sync(self, version: int) -> None:
+        """As sync(), with weights that come in buckets: stop, keep requests, and mark what they have."""
+        self._on_engine(lambda: self._begin(version))
+
+    def load_bucket(self, packed: Sequence[Packed], handle: Any = None) -> None:
+        """Load the bucket that is broadcast now, or that `handle` maps."""
+        self._on_engine(lambda: self._bucket(packed, handle))
+
+    def end_sync(self) -> str:
+        """Go on with the new weights; digest() of what is held."""
+        return self._on_engine(self._end)
 
     def _start(self, folder: str, max_tokens: int | None, memory_share: float) -> Any:
         on_cpu = self.device == "cpu"
@@ -139,27 +161,6 @@ class VllmGenerator:
             )
         )
 
-    def _sampling(self, request: Request) -> Any:
-        from vllm import SamplingParams  # pyright: ignore
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
-
-        if 0 < request.temperature < MIN_TEMPERATURE:
-            raise ConfigError(f"temperature {request.temperature}: vllm samples at 0 or at {MIN_TEMPERATURE} and above")
-        room = self.engine.vllm_config.model_config.max_model_len
-        if len(request.token_ids) >= room:
-            raise DataError(f"a prompt of {len(request.token_ids)} tokens leaves no room in the {room} of the engine")
-        return SamplingParams(
-            temperature=request.temperature,
-            seed=request.seed % (1 << 63),
-            max_tokens=request.max_new_tokens,
-            stop_token_ids=self.stop_ids,
-            ignore_eos=True,  # the config's own stop token counts only if it is one of ours
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
     def _on_engine(self, work: Callable[[], Any]) -> Any:
         """Have the engine's thread do `work` between two steps; its result, or its error."""
         done: Future = Future()
@@ -169,7 +170,7 @@ class VllmGenerator:
     def _loop(self) -> None:
         """The engine's thread: work that was handed in comes first, and steps while requests are open."""
         while True:
-            idle = self.asleep or not self._open
+            idle = self._paused or not self._open
             try:
                 work, done = self._jobs.get(block=idle)
             except queue.Empty:
@@ -196,7 +197,7 @@ class VllmGenerator:
             if output.finished:
                 found = self._open.pop(output.request_id)
                 try:
-                    found.done.set_result(self._completion(output.outputs[0], found.marks))
+                    found.done.set_result(completion(output.outputs[0], [*found.marks, (None, self.version)]))
                 except ComputeError as error:
                     found.done.set_exception(error)
 
@@ -208,38 +209,43 @@ class VllmGenerator:
         self._open[name] = _Open(done=Future())
         return self._open[name].done
 
-    def _completion(self, output: Any, marks: Sequence[tuple[int, int]]) -> Completion:
-        if output.finish_reason not in ("stop", "length"):
-            raise ComputeError(f"vllm ended a request for {output.finish_reason}")
-        tokens, found = tuple(output.token_ids), output.logprobs
-        if found is None or tuple(found.token_ids) != tokens:
-            raise ComputeError(f"vllm gave {len(found.token_ids) if found else 0} logprobs for {len(tokens)} tokens")
-        versions: list[int] = []
-        for count, version in (*marks, (len(tokens), self.version)):
-            versions += [version] * (count - len(versions))
-        return Completion(
-            token_ids=tokens,
-            logprobs=tuple(found.logprobs),
-            versions=tuple(versions),
-            finish_reason=output.finish_reason,
-        )
-
     def _sync(self, version: int, weights: Mapping[str, Tensor]) -> str:
-        core = self.engine.engine_core.engine_core
-        core.pause_scheduler("keep", clear_cache=False)
-        while core.batch_queue:  # what was scheduled ahead is of the old weights, and so is its version
-            self._step()
+        self._begin(version)
+        self._load(version, weights)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        return self._end()
+
+    def _begin(self, version: int) -> None:
+        """Stop between two steps; what is sampled so far is of the old version."""
+        if self.asleep:
+            self.engine.wake_up(tags=["weights"])
+        self._pause()
         for state in self.engine.output_processor.request_states.values():
             self._open[state.external_req_id].marks.append((state.detokenizer.num_output_tokens(), self.version))
-        self._load(version, weights)
-        self.version = version
-        held = self._held({name: tuple(tensor.shape) for name, tensor in weights.items()})
+        self.version, self._shapes = version, {}
+
+    def _bucket(self, packed: Sequence[Packed], handle: Any) -> None:
+        self._shapes |= {each.name: each.shape for each in packed}
+        self.engine.collective_rpc("posttrain_bucket", args=(list(packed), handle))
+
+    def _end(self) -> str:
+        """Go on with the new weights; the digest of what is held of the tensors that were sent."""
+        held = self._held(self._shapes)
         if self.asleep:
             self.engine.wake_up(tags=["kv_cache"])
             self.asleep = False
+        core = self.engine.engine_core.engine_core
         core.reset_prefix_cache(reset_running_requests=True)
         core.resume_scheduler()
+        self._paused = False
         return held
+
+    def _pause(self) -> None:
+        core = self.engine.engine_core.engine_core
+        core.pause_scheduler("keep", clear_cache=False)
+        self._paused = True
+        while core.batch_queue:  # what was scheduled ahead is of the old weights, and so is its version
+            self._step()
 
     def _load(self, version: int, weights: Mapping[str, Tensor]) -> None:
         self.engine.collective_rpc("posttrain_load", args=(list(weights.items()),))
@@ -256,14 +262,10 @@ class VllmGenerator:
         )
 
     def _sleep(self) -> None:
-        if not self.can_sleep or self.asleep:
-            return
-        core = self.engine.engine_core.engine_core
-        core.pause_scheduler("keep", clear_cache=False)
-        while core.batch_queue:
-            self._step()
-        core.sleep(2, "keep")
-        self.asleep = True
+        if self.can_sleep and not self.asleep:
+            self._pause()
+            self.engine.engine_core.engine_core.sleep(2, "keep")
+            self.asleep = True
 
 
 def vllm_is_installed() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.compute.weight_sync import WRAP, Held, fingerprint
+from posttrain.compute.weight_transfer import Packed, Receiver
 from posttrain.errors import SyncError
 
 
@@ -36,6 +37,16 @@ class WeightsWorker:
         """Copy whole tensors, under Hugging Face names, into the model; it takes its own share of each."""
         with torch.no_grad():
             _model(self).load_weights(iter(weights))  # pyright: ignore[reportCallIssue]
+
+    def posttrain_join(self, address: str, *, first_rank: int, world_size: int, timeout_s: float) -> None:
+        """Meet the policy's rank 0; workers of this engine are ranks from `first_rank` on."""
+        _receiver(self).join(address, rank=first_rank + _rank(self), world_size=world_size, timeout_s=timeout_s)
+
+    def posttrain_bucket(self, packed: Sequence[Packed], handle: tuple[Any, ...] | None) -> None:
+        """Load what a bucket holds: one that is broadcast now, or that `handle` maps."""
+        receiver = _receiver(self)
+        self.posttrain_load(receiver.receive(packed) if handle is None else receiver.map(handle, packed))
+        receiver.done()
 
     def posttrain_held(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Held]:
         """This worker's parts of the named tensors; `shapes` are those of the whole.
@@ -151,6 +162,12 @@ class Layout:
 
 def _model(worker: Any) -> nn.Module:
     return worker.get_model()
+
+
+def _receiver(worker: Any) -> Receiver:
+    if getattr(worker, "posttrain_receiver", None) is None:
+        worker.posttrain_receiver = Receiver(torch.device(worker.device))
+    return worker.posttrain_receiver
 
 
 def _rank(worker: Any) -> int:
