@@ -97,7 +97,7 @@ class Sender:
         self._meeting = MeetingPoint(host)
         return self._meeting.address
 
-    def join(self, *, world_size: int, timeout_s: float) -> None:
+    def join(self, world_size: int, timeout_s: float) -> None:
         """Meet the engines' workers, as rank 0 of a group of all."""
         where = {"rank": 0, "world_size": world_size, "timeout_s": timeout_s, "device": self.device}
         self.group = transfer_group(self._meeting, **where)

@@ -6,8 +6,10 @@ for one side alone, but for the broadcast itself, where the generators' deadline
 """
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any, Literal
 
+from posttrain.compute.workers import first_cause
 from posttrain.errors import SyncError
 from posttrain.workflow.generators import Generators
 from posttrain.workflow.policy import Policy
@@ -67,7 +69,7 @@ class WeightPush:
             else:
                 sending = self.policy.group.call_one(0, "sender", "send", timeout_s=1.5 * self.timeout_s)
                 loading = engines.call("load_bucket", packed, timeout_s=self.timeout_s)
-                await asyncio.gather(loading, sending)
+                await both(loading, sending)
         return await engines.call("end_sync", timeout_s=self.timeout_s)
 
     async def _meet(self) -> None:
@@ -97,12 +99,14 @@ class WeightPush:
         world_size = 1 + sum(workers)
         firsts = [1 + sum(workers[:rank]) for rank in range(len(workers))]
         each = [((address, first, world_size, timeout_s), {}) for first in firsts]
-        named = {"world_size": world_size, "timeout_s": timeout_s}
-        await asyncio.gather(
-            engines.call_each("join", each, timeout_s=timeout_s),
-            self.policy.group.call_one(0, "sender", "join", timeout_s=1.5 * timeout_s, **named),
-        )
+        joining = self.policy.group.call_one(0, "sender", "join", world_size, timeout_s, timeout_s=1.5 * timeout_s)
+        await both(engines.call_each("join", each, timeout_s=timeout_s), joining)
 
     async def _senders(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every policy rank's Sender."""
         return await self.policy.group.call("sender", method, *args, timeout_s=self.timeout_s)
+
+
+async def both(*calls: Coroutine[Any, Any, Any]) -> None:
+    """Await two sides that wait for each other; a death on one is the cause of what the other raises."""
+    await first_cause([asyncio.ensure_future(call) for call in calls])
