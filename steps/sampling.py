@@ -95,6 +95,7 @@ def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardwar
             pool = replace(pool, concurrency=CALLS + 1) if config.rollout.max_staleness else pool
         case path:
             cls = resolve(path, key="rollout.generator")
+            pool = replace(pool, concurrency=getattr(cls, "concurrency", pool.concurrency))
     return ActorGroup("generator", cls, [arguments] * count, pool)
 
 

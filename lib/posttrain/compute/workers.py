@@ -177,7 +177,6 @@ class RayActors:
             "num_cpus": pool.cpus,
             "num_gpus": pool.gpus,
             "max_restarts": 0,
-            "max_concurrency": pool.concurrency,
             "runtime_env": {"env_vars": environment(pool)},
         }
         if pool.concurrency > 1:

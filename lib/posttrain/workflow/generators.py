@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from posttrain.compute.generator import Completion, Request
@@ -129,6 +130,7 @@ class Generators:
 
     async def close(self) -> None:
         """End all waits; the generators themselves end with their cluster."""
+        self._waiting = []
         tasks = set().union(*self._calls, self._repairs)
         for task in tasks:
             task.cancel()
@@ -165,7 +167,11 @@ class Generators:
     def _start(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        task.add_done_callback(partial(self._ended, tasks))
+
+    def _ended(self, tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
+        self._hand_out()
 
     async def _call(self, rank: int, calls: list[_Asked]) -> None:
         requests = [request for asked in calls for request in asked.requests]
@@ -189,7 +195,6 @@ class Generators:
             self._call_failed(calls, error)
         finally:
             self.busy.add(-1)
-            asyncio.get_running_loop().call_soon(self._hand_out)  # when this task no longer counts
 
     def _call_failed(self, calls: list[_Asked], error: Exception) -> None:
         if isinstance(error, WorkerHungError) or not isinstance(error, ComputeError):
