@@ -40,6 +40,7 @@ def our_logprobs(model, request: Request, made: Completion) -> torch.Tensor:
     prompt = len(request.token_ids)
     ids = [*request.token_ids, *made.token_ids]
     one = shift(ids, [0.0] * prompt + [1.0] * len(made.token_ids))
-    batch = collate(Pack(samples=(one,), num_units=1), pack_tokens=len(ids))
+    device = next(model.parameters()).device
+    batch = collate(Pack(samples=(one,), num_units=1), pack_tokens=len(ids)).to(device)
     with torch.no_grad():
         return forward(model, batch, temperature=request.temperature or 1.0).logprobs
