@@ -296,3 +296,31 @@ def test_data_auto_takes_every_gpu_that_tensor_leaves():
     config = load({"parallel.data": "auto", "parallel.gpus_per_node": 4, "parallel.nodes": 2, "parallel.tensor": 2})
     assert (config.parallel.data_ranks, config.parallel.ranks) == (4, 8)
     assert load({"parallel.data": "auto"}).parallel.ranks == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout.tensor": 2}, "rollout.tensor and rollout.sleep are vLLM's"),
+        ({"rollout.generator": "vllm", "rollout.sleep": True}, "rollout.sleep: the generator runs on CPUs"),
+        (
+            {"rollout.generator": "vllm", "rollout.sleep": True, "parallel.gpus_per_node": 3},
+            "rollout.sleep: the generator has GPUs of its own",
+        ),
+        (
+            {"rollout.generator": "vllm", "rollout.tensor": 2, "parallel.gpus_per_node": 3},
+            "rollout.generators = 1 of rollout.tensor = 2 GPUs do not fit on 3 GPUs with 2 policy ranks",
+        ),
+        (
+            {"rollout.generators": 3, "parallel.gpus_per_node": 2},
+            "rollout.generators = 3 of rollout.tensor = 1 GPUs do not fit on 2 GPUs with 2 policy ranks",
+        ),
+    ],
+)
+def test_generators_that_gpus_have_no_room_for_are_refused(changes, said):
+    assert any(said in line for line in refusal(changes))
+
+
+@pytest.mark.parametrize("changes", [{"rollout.tensor": 2, "parallel.gpus_per_node": 4}, {"parallel.gpus_per_node": 2}])
+def test_generators_fit_on_gpus_of_their_own_or_beside_a_rank(changes):
+    load({"rollout.generator": "vllm", **changes})
