@@ -56,6 +56,8 @@ class GroupBuffer:
     ):
         self.ledger, self.limits = ledger, limits
         self.prompts_per_step, self.max_staleness, self.num_steps = prompts_per_step, max_staleness, num_steps
+        self._taken = ledger.trained
+        """Groups handed out to be trained; the ledger counts them only when they are."""
         self._slots: dict[int, _Slot] = {}
         self._silent = 0
         self._changed = asyncio.Event()
@@ -70,7 +72,7 @@ class GroupBuffer:
             version: all generators hold weights of this version or newer.
         """
         most = min(version + self.max_staleness + 1, self.num_steps) * self.prompts_per_step
-        room = most - self.ledger.trained - sum(slot.may_be_trained for slot in self._slots.values())
+        room = most - self._taken - sum(slot.may_be_trained for slot in self._slots.values())
         wave = _Wave(max(0, room))
         admitted = [self.ledger.draw() for _ in range(room)]
         self._slots |= {uid: _Slot(wave) for uid in admitted}
@@ -109,6 +111,7 @@ class GroupBuffer:
         for uid, each in dropped.items():
             del self._slots[uid]
             self.ledger.drop(each.reason, uid)
+        self._taken += len(batch)
         return [made for uid in batch if isinstance(made := self._slots.pop(uid).made, list)]
 
     async def next_batch(self, *, stall_s: float) -> list[Group]:

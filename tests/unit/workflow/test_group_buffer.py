@@ -25,6 +25,7 @@ class Run:
         self.ledger, self.buffer = ledger, GroupBuffer(ledger, **sizes, limits=limits)
         self.staleness, self.steps, self.batch = staleness, steps, batch
         self.trained, self.version = done, done
+        self.training = []
         self.begun: dict[int, int] = {}
         self.batches: list[list[int]] = []
         self.admit()
@@ -39,19 +40,27 @@ class Run:
     def under_way(self) -> list[int]:
         return [uid for uid, phase in self.ledger.open.items() if phase == "queued"]
 
-    def train(self) -> bool:
-        """One step, if its batch is there; weights reach the generators later."""
+    def take(self) -> bool:
+        """Begin a step, if its batch is there."""
         groups = self.buffer.take()
         if groups is None:
             return False
-        uids = [uid for (uid,) in groups]
-        oldest = min(self.begun[uid] for uid in uids)  # pyright: ignore[reportArgumentType]
-        assert self.trained - oldest <= self.staleness, "the age bound"
-        self.ledger.commit([], draws=uids)  # pyright: ignore[reportArgumentType]
-        assert self.ledger.balance() == len(self.buffer) == len(self.ledger.open)
-        self.batches.append(uids)  # pyright: ignore[reportArgumentType]
-        self.trained += 1
+        self.training: list[int] = [uid for (uid,) in groups]  # pyright: ignore[reportAttributeAccessIssue]
+        assert self.trained - min(self.begun[uid] for uid in self.training) <= self.staleness, "the age bound"
         return True
+
+    def end_step(self) -> None:
+        """The policy has trained what was taken; weights reach the generators later."""
+        self.ledger.commit([], draws=self.training)
+        assert self.ledger.balance() == len(self.buffer) == len(self.ledger.open)
+        self.batches.append(self.training)
+        self.trained, self.training = self.trained + 1, []
+
+    def train(self) -> bool:
+        taken = self.take()
+        if taken:
+            self.end_step()
+        return taken
 
 
 def expected(drops: set[int], *, batch: int, steps: int) -> list[list[int]]:
@@ -63,17 +72,19 @@ def play(run: Run, choose, drops: set[int], *, until: int) -> None:
     """Let things happen in the order that `choose(count)` picks, until so many steps are trained."""
     while run.trained < until:
         open_draws = run.under_way()
-        what = choose(len(open_draws) + 2)
+        what = choose(len(open_draws) + 1)
         if what < len(open_draws):
             uid = open_draws[what]
             run.finish(uid, FAILED if uid in drops else None)
-        elif what == len(open_draws) and run.version < run.trained:
+        elif run.training:
+            run.end_step()
+        elif run.version < run.trained:
             run.version += 1
             run.admit()
-        elif run.version == run.trained:  # the loop trains on when its last weights have been sent
-            run.train()
-        goes_on = run.under_way() or run.version < run.trained or run.trained == run.steps
-        assert goes_on or run.train(), "neither a group under way nor a batch: the run would wait for ever"
+        else:  # the loop goes on when its last weights have been sent
+            run.take()
+        goes_on = run.under_way() or run.training or run.version < run.trained or run.trained == run.steps
+        assert goes_on or run.take(), "neither a group under way nor a batch: the run would wait for ever"
 
 
 @given(
