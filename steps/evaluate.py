@@ -43,7 +43,7 @@ def evaluate(
         DataError: a task of lm-eval could not be run.
         GateError: a measure of the last model is worse than eval.gate allows.
     """
-    resources = hardware(config.parallel)
+    resources = hardware(config.parallel, gpus_each=config.rollout.tensor)
     with ray_cluster(Gang(), **resources.cluster):
         found = asyncio.run(_evaluate(config, tokens_uri, models, (rows_uri or tokens_uri, teacher_uri), resources))
     if config.eval.lm_eval:  # the actors are gone: a GPU of theirs is free

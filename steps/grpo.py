@@ -23,7 +23,7 @@ from posttrain.workflow.policy_rank import Training
 from posttrain.workflow.stopping import StopSignal
 from steps.hardware import hardware
 from steps.recipes import build_of
-from steps.sampling import rollout_parts
+from steps.sampling import rollout_parts, weights_way
 from steps.saving import checkpoints_of, saver_of
 from steps.tracking import tracking
 
@@ -46,7 +46,7 @@ def grpo(
         model_uri, checkpoint root, rewards at both ends and the ledger; None on a node
         that only lent its hardware.
     """
-    resources = hardware(config.parallel, config.rollout.generators)
+    resources = hardware(config.parallel, config.rollout.generators, gpus_each=config.rollout.tensor)
     with ray_cluster(gang or Gang(), **resources.cluster) as driving:
         if not driving:
             return None
@@ -62,8 +62,6 @@ def grpo(
 async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, Any]:
     method, optim, (root, model_uri, tokens_uri) = config.method, config.optim, uris.values()
     assert isinstance(method, GRPO), "the flow has refused any other"
-    uris_of_parts = {"model_uri": model_uri, "tokens_uri": tokens_uri}
-    parts = await rollout_parts(config, **uris_of_parts, resources=resources, count=config.rollout.generators)
     policy = await Policy.launch(
         sizes=resources.sizes,
         model_uri=model_uri,
@@ -74,6 +72,9 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
         pool=resources.policy,
         build=build,
     )
+    # After the policy, so that a generator finds the GPU of a rank that it is to share, and not one of another.
+    uris_of_parts = {"model_uri": model_uri, "tokens_uri": tokens_uri}
+    parts = await rollout_parts(config, **uris_of_parts, resources=resources, count=config.rollout.generators)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), *observers])
     controller = Controller(
@@ -88,6 +89,8 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
             eval_every=config.eval.every_steps,
             credit=_credit(method, temperature=config.rollout.temperature),
             passes=method.epochs,
+            sync=weights_way(config, resources),
+            sleep=config.rollout.sleep,
         ),
         policy=policy,
         maker=parts.maker,

@@ -17,6 +17,8 @@ class Hardware:
     """What each node offers Ray."""
     policy: Pool
     generator: Pool
+    shared: bool
+    """Whether generators and policy ranks share GPUs."""
     sizes: Sizes
     """Of the policy's mesh."""
     sizes_on_one_node: Sizes
@@ -25,7 +27,7 @@ class Hardware:
     """CPU actors that tokenise and pack ahead; 0 leaves that to a thread of the driver."""
 
 
-def hardware(parallel: Parallel, generators: int = 1) -> Hardware:
+def hardware(parallel: Parallel, generators: int = 1, *, gpus_each: int = 1) -> Hardware:
     """One rule for a laptop and for N GPUs.
 
     With a GPU to spare for each, generators get their own; otherwise each shares one with a policy
@@ -36,7 +38,7 @@ def hardware(parallel: Parallel, generators: int = 1) -> Hardware:
     cores = (os.cpu_count() or 1) if local else parallel.cpus_per_node
     gpus = parallel.gpus_per_node
     ranks_per_node = -(-parallel.ranks // parallel.nodes)
-    alone = parallel.gpus >= parallel.ranks + generators
+    alone = parallel.gpus >= parallel.ranks + generators * gpus_each
     # One worker makes 0.6 M tokens/s and more (benchmarks/tokenize_pack.py); a GPU trains a 0.6B model at 0.1 M.
     workers = -(-gpus // 4)
     return Hardware(
@@ -47,7 +49,12 @@ def hardware(parallel: Parallel, generators: int = 1) -> Hardware:
             orchestrator=parallel.orchestrator,
             placement="PACK" if gpus else "SPREAD",  # GPUs of a node talk over NVLink; cores are for sharing the work
         ),
-        generator=Pool(gpus=0 if not gpus else 1 if alone else 0.4, threads=cores, orchestrator=parallel.orchestrator),
+        generator=Pool(
+            gpus=0 if not gpus else gpus_each if alone else 0.4,
+            threads=cores,
+            orchestrator=parallel.orchestrator,
+        ),
+        shared=bool(gpus) and not alone,
         sizes=Sizes(data=parallel.data_ranks, context=parallel.context, tensor=parallel.tensor, expert=parallel.expert),
         sizes_on_one_node=_on_one_node(parallel),
         data_workers=workers,

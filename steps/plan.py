@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import storage
+from posttrain.compute.generator.vllm import vllm_is_installed
 from posttrain.compute.verl_workers import INSTALL, verl_is_installed
 from posttrain.config import GRPO, Distill, Origin, RunConfig
 from posttrain.config_file import RECIPES
@@ -78,6 +79,8 @@ def _check_plugins(config: RunConfig) -> list[str]:
     problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
     if config.parallel.orchestrator == "verl" and not verl_is_installed():
         problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
+    if config.rollout.generator == "vllm" and not vllm_is_installed():
+        problems.append("rollout.generator: vllm is not installed. Fix: pip install 'posttrain[vllm]', on Linux")
     for key, path in plugins.items():
         try:
             found = resolve(path, key=key)

@@ -1,9 +1,11 @@
 """What sampling and scoring need, from the config: shared by the training and the evaluation step."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from posttrain import storage
 from posttrain.compute.generator.transformers import TransformersGenerator
+from posttrain.compute.generator.vllm import VllmGenerator
 from posttrain.compute.workers import ActorGroup
 from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
@@ -13,9 +15,16 @@ from posttrain.plugin import resolve
 from posttrain.workflow.generators import Generators
 from posttrain.workflow.reward_pool import RewardPool
 from posttrain.workflow.rollouts import Limit, Prompts, RolloutMaker, Sampling, Shaping
+from posttrain.workflow.weight_push import Way
 from steps.hardware import Hardware
 from steps.origin import locate
 from steps.recipes import prompt_sets
+
+OWN_MEMORY, SHARED_MEMORY = 0.9, 0.4
+"""Of a GPU's memory, for vLLM's weights and cache: alone, and beside a policy rank."""
+
+CALLS = 64
+"""Groups that wait in one vLLM engine at once where it samples while the policy trains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +42,9 @@ async def rollout_parts(
     """Start `count` generators of `model_uri`'s architecture and a reward process, and read the prompts."""
     assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
-    choice = config.rollout.generator
-    cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
-    pool = replace(resources.generator, concurrency=getattr(cls, "concurrency", resources.generator.concurrency))
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     generators = Generators(
-        ActorGroup("generator", cls, [arguments] * count, pool),
+        _generators(config, arguments, resources, count),
         timeout_s=config.rollout.timeout_s,
         max_failures=config.rollout.max_failures,
     )
@@ -65,6 +71,33 @@ async def rollout_parts(
     names = prompt_sets(config)
     sets = {name: Prompts(*read_prompts(folder / f"{name}.parquet"), seed=config.seed) for name in names}
     return RolloutParts(generators=generators, maker=maker, sets=sets)
+
+
+def weights_way(config: RunConfig, resources: Hardware) -> Way:
+    """How training sends weights: vLLM takes them from device to device, all others from host memory."""
+    if config.rollout.generator != "vllm":
+        return "store"
+    return "ipc" if resources.shared else "broadcast"
+
+
+def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardware, count: int) -> ActorGroup:
+    pool = resources.generator
+    match config.rollout.generator:
+        case "transformers":
+            cls = TransformersGenerator
+        case "vllm":
+            cls = VllmGenerator
+            arguments = arguments | {
+                "max_tokens": config.data.pack_tokens,  # no rollout is longer, of however many turns
+                "memory_share": SHARED_MEMORY if resources.shared else OWN_MEMORY,
+                "can_sleep": config.rollout.sleep,
+            }
+            # In turn with training all groups of a step come in one call, whose batches are the same in every run.
+            pool = replace(pool, concurrency=CALLS + 1) if config.rollout.max_staleness else pool
+        case path:
+            cls = resolve(path, key="rollout.generator")
+            pool = replace(pool, concurrency=getattr(cls, "concurrency", pool.concurrency))
+    return ActorGroup("generator", cls, [arguments] * count, pool)
 
 
 def _shaping(config: RunConfig) -> Shaping:

@@ -75,8 +75,13 @@ class Optim(Section):
 class Rollout(Section):
     """How the policy is sampled in training."""
 
-    generator: Literal["transformers"] | Plugin = "transformers"
-    """The embedded engine, or your own class."""
+    generator: Literal["transformers", "vllm"] | Plugin = "transformers"
+    """The embedded engine, vLLM, or your own class."""
+    tensor: int = Field(default=1, ge=1)
+    """GPUs that share one vLLM engine; those that `parallel` has beside the policy's ranks hold as many as fit."""
+    sleep: bool = False
+    """vLLM gives the memory of a GPU back while a policy rank on the same GPU trains: for models that would not fit
+    beside it, slower."""
     prompts_per_step: int = Field(default=64, ge=1)
     """Groups in one optimizer step."""
     temperature: float = Field(default=1.0, gt=0)
@@ -275,12 +280,7 @@ class RunConfig(Section):
 
     def _of_hardware(self) -> list[str]:
         problems = self.parallel.unfit(backend=self.model.backend, pack_tokens=self.data.pack_tokens)
-        gpus, ranks, generators = self.parallel.gpus, self.parallel.ranks, self.rollout.generators
-        if self.method.name == "grpo" and gpus and generators > max(ranks, gpus - ranks):
-            problems.append(
-                f"rollout.generators = {generators} is more than the {max(ranks, gpus - ranks)} that {gpus} GPUs with "
-                f"{ranks} policy ranks have room for: one beside each rank, or one on each GPU without a rank"
-            )
+        problems += self._of_generators()
         if self.parallel.backend != "local" and not (self.checkpoint.root or "").startswith("s3://"):
             problems.append(
                 f"parallel.backend = {self.parallel.backend} runs every step in a container of its own; "
@@ -288,4 +288,21 @@ class RunConfig(Section):
             )
         if self.parallel.backend == "batch" and not self.parallel.queue:
             problems.append("parallel.backend = batch needs parallel.queue")
+        return problems
+
+    def _of_generators(self) -> list[str]:
+        """What the generators cannot do on these GPUs."""
+        rollout, gpus, ranks, problems = self.rollout, self.parallel.gpus, self.parallel.ranks, []
+        alone = gpus >= ranks + rollout.generators * rollout.tensor
+        if rollout.generator != "vllm" and (rollout.tensor > 1 or rollout.sleep):
+            problems.append("rollout.tensor and rollout.sleep are vLLM's; set rollout.generator: vllm")
+        if self.method.name == "grpo" and gpus and not alone and (rollout.tensor > 1 or rollout.generators > ranks):
+            problems.append(
+                f"rollout.generators = {rollout.generators} of rollout.tensor = {rollout.tensor} GPUs do not fit on "
+                f"{gpus} GPUs with {ranks} policy ranks: room is for one of a single GPU beside each rank, or for "
+                f"{max(gpus - ranks, 0)} GPUs without a rank"
+            )
+        if rollout.sleep and (alone or not gpus):
+            where = "has GPUs of its own" if gpus else "runs on CPUs"
+            problems.append(f"rollout.sleep: the generator {where}, so nothing would be gained; set it to false")
         return problems

@@ -99,7 +99,7 @@ def test_a_wrong_value_is_named_by_its_path_and_shown(path, value):
 
 
 def test_a_wrong_generator_is_named_by_the_key_a_person_wrote():
-    lines = refusal({"rollout.generator": "vllm"})
+    lines = refusal({"rollout.generator": "sglang"})
     assert lines and all(line.startswith("rollout.generator: ") for line in lines)
     assert any("package.module:name" in line for line in lines)
 
@@ -348,3 +348,31 @@ def test_data_auto_takes_every_gpu_that_tensor_leaves():
     assert load({"parallel.data": "auto"}).parallel.ranks == 1
     config = load({"parallel.data": "auto", "parallel.gpus_per_node": 8, "parallel.tensor": 2, "parallel.context": 2})
     assert (config.parallel.data_ranks, config.parallel.ranks) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout.tensor": 2}, "rollout.tensor and rollout.sleep are vLLM's"),
+        ({"rollout.generator": "vllm", "rollout.sleep": True}, "rollout.sleep: the generator runs on CPUs"),
+        (
+            {"rollout.generator": "vllm", "rollout.sleep": True, "parallel.gpus_per_node": 3},
+            "rollout.sleep: the generator has GPUs of its own",
+        ),
+        (
+            {"rollout.generator": "vllm", "rollout.tensor": 2, "parallel.gpus_per_node": 3},
+            "rollout.generators = 1 of rollout.tensor = 2 GPUs do not fit on 3 GPUs with 2 policy ranks",
+        ),
+        (
+            {"rollout.generators": 3, "parallel.gpus_per_node": 2},
+            "rollout.generators = 3 of rollout.tensor = 1 GPUs do not fit on 2 GPUs with 2 policy ranks",
+        ),
+    ],
+)
+def test_generators_that_gpus_have_no_room_for_are_refused(changes, said):
+    assert any(said in line for line in refusal(changes))
+
+
+@pytest.mark.parametrize("changes", [{"rollout.tensor": 2, "parallel.gpus_per_node": 4}, {"parallel.gpus_per_node": 2}])
+def test_generators_fit_on_gpus_of_their_own_or_beside_a_rank(changes):
+    load({"rollout.generator": "vllm", **changes})

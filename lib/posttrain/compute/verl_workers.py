@@ -43,7 +43,7 @@ class VerlWorkers:
         if pool.gpus:
             reserved.max_colocate_count = 1 / pool.gpus  # verl's way to say what share of a GPU a worker takes
         made = Ordered(ray.remote(_host()), cls, list(per_rank))
-        made.update_options({"num_cpus": pool.cpus, "max_restarts": 0})
+        made.update_options({"num_cpus": pool.cpus, "max_restarts": 0, "max_concurrency": pool.concurrency})
         self.group = RayWorkerGroup(
             reserved,
             made,

@@ -17,7 +17,7 @@ from posttrain.data.advantage import Advantages
 from posttrain.data.pack import fill, pack
 from posttrain.data.rollout import group_units
 from posttrain.data.types import Unit
-from posttrain.errors import StalenessError, SyncError
+from posttrain.errors import StalenessError
 from posttrain.model.losses import Loss
 from posttrain.workflow.clock import Clock
 from posttrain.workflow.credit import Credit
@@ -31,6 +31,7 @@ from posttrain.workflow.policy import Policy
 from posttrain.workflow.rollouts import Group, Prompts, RolloutMaker
 from posttrain.workflow.saving import Saver, restore
 from posttrain.workflow.supervise import supervised
+from posttrain.workflow.weight_push import Way, WeightPush
 
 STALL_DEADLINES = 4
 """Deadlines of one call after which a run stops in which no group came to an end: a group may wait for a call before
@@ -53,6 +54,10 @@ class Plan:
     """What gives every token an advantage of its own."""
     passes: int = 1
     """Optimizer steps on each step's batch."""
+    sync: Way = "store"
+    """How weights reach the generators (workflow/weight_push.py)."""
+    sleep: bool = False
+    """Generators give their GPU's memory back while the policy trains."""
 
 
 class Controller:
@@ -72,6 +77,7 @@ class Controller:
     ):
         self.plan, self.policy, self.maker, self.generators = plan, policy, maker, maker.generators
         self.evaluator, self.loss, self.saver, self.observers = evaluator, loss, saver, observers
+        self.push = WeightPush(policy, maker.generators, way=plan.sync)
         self.ledger, self.ledger_file = Ledger(), ledger_file
         self.version = 0
         """Optimizer steps that the policy has taken."""
@@ -164,6 +170,8 @@ class Controller:
         credited: Metrics = {}
         if self.plan.credit is not None:
             packs, credited = await self.plan.credit.assign(self.policy, packs)
+        if self.plan.sleep:
+            await self.generators.group.call("sleep", timeout_s=self.generators.timeout_s)
         trained = credited | await train_passes(self.policy, step, packs, self.loss, passes=self.plan.passes)
         row = self.ledger.commit(packs, draws=[group[0].prompt.uid for group in groups])
         self.ledger_file.append({"step": step, **row})
@@ -193,17 +201,7 @@ class Controller:
             dead_only: to those that are to be replaced.
         """
         async with self._weights:
-            weights = self.policy.start_weights(self._dtype)
-            expected, held = await asyncio.gather(
-                self.policy.weights_digest(self._dtype),
-                self.generators.sync(self.version, weights, dead_only=dead_only),
-            )
-            for rank, got in held.items():
-                if got != expected:
-                    raise SyncError(
-                        f"generator {rank} holds {got[:12]} after the sync to version {self.version}, "
-                        f"the policy sent {expected[:12]}"
-                    )
+            await self.push.push(self.version, self._dtype, dead_only=dead_only)
             if not dead_only:
                 self.synced = self.version
 

@@ -7,7 +7,8 @@ what it was at is asked again, with the same seeds. One that hangs stops the run
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -109,6 +110,23 @@ class Generators:
             self._held = False
         self._hand_out()
         return dict(zip(ranks, held, strict=True))
+
+    @asynccontextmanager
+    async def between_calls(self) -> AsyncIterator[None]:
+        """Inside, generators that take one call at a time are at none."""
+        self._held = self.calls_at_once == 1
+        try:
+            if self._held and (running := set().union(*self._calls)):
+                await asyncio.wait(running)  # each call has its deadline
+            yield
+        finally:
+            self._held = False
+        self._hand_out()
+
+    @property
+    def dead(self) -> bool:
+        """Whether one is to be replaced."""
+        return bool(self._dead)
 
     async def close(self) -> None:
         """End all waits; the generators themselves end with their cluster."""

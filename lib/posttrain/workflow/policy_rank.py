@@ -18,7 +18,7 @@ from posttrain.compute.mesh import Sizes, make_mesh
 from posttrain.compute.shard_file import read_parts
 from posttrain.compute.snapshot import Snapshot
 from posttrain.compute.step_timer import StepTimer
-from posttrain.compute.weight_sync import digest
+from posttrain.compute.weight_transfer import Sender
 from posttrain.compute.workers import node_address
 from posttrain.data.batch import collate
 from posttrain.data.context import with_share
@@ -93,6 +93,7 @@ class PolicyRank:
         self.rank, self.sizes = rank, sizes
         self.model_uri, self.training, self.has_reference = model_uri, training, reference
         self.build = build or Build()
+        self._sender: Sender | None = None
         self.backend = backend_of(backend)
         self.device = set_up_device(deterministic=training.deterministic)
         self.precision = training.precision
@@ -240,8 +241,19 @@ class PolicyRank:
         return kept
 
     def weights_digest(self, dtype: str) -> str:
-        """digest() of weights(dtype), taken from what the ranks hold."""
-        return digest(self.weights(dtype).items())
+        """digest() of weights(dtype), taken from what the ranks hold, where they hold it."""
+        return self.sender("digest", dtype) if self.rank == 0 or self.sharded else ""
+
+    def meet_engines(self) -> str:
+        """host:port on this rank's machine where its Sender.join() waits for engines."""
+        return self.sender("meet", node_address())
+
+    def sender(self, method: str, *args: Any, **named: Any) -> Any:
+        """Call a method of this rank's Sender (compute/weight_transfer.py)."""
+        if self._sender is None:
+            largest = max(parameter.numel() for parameter in self.engine.model.parameters())
+            self._sender = Sender(self.device, self.engine.weights, largest=largest)
+        return getattr(self._sender, method)(*args, **named)
 
     def state_shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Shape and bytes of every whole tensor of the training state."""

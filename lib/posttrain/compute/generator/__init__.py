@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from posttrain.compute.weight_transfer import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,7 @@ class Completion:
     logprobs: tuple[float, ...]
     """nats, at the request's temperature (at 1 when it is 0)."""
     versions: tuple[int, ...]
+    """Of the weights that made each token; it rises within a completion where a sync came between two tokens."""
     finish_reason: str
     """"stop" or "length"."""
 
@@ -49,4 +52,36 @@ class Generator(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Sample every request; results keep the requests' order."""
+        ...
+
+
+class BucketGenerator(Generator, Protocol):
+    """A generator that also takes weights on its GPU, a bucket at a time (compute/weight_transfer.py)."""
+
+    def gpu(self) -> str:
+        """The GPU that it computes on."""
+        ...
+
+    def workers(self) -> int:
+        """Processes that each take part in a broadcast."""
+        ...
+
+    def join(self, address: str, first_rank: int, world_size: int, timeout_s: float) -> None:
+        """Meet the policy's rank 0 in a process group."""
+        ...
+
+    def begin_sync(self, version: int) -> None:
+        """Stop between two tokens."""
+        ...
+
+    def load_bucket(self, packed: Sequence[Packed], handle: Any = None) -> None:
+        """Take what is broadcast now, or what lies behind the handle of a bucket on the same GPU."""
+        ...
+
+    def end_sync(self) -> str:
+        """Go on; digest() of what is now held."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back, keep requests; the next sync takes it again."""
         ...

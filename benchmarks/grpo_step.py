@@ -1,0 +1,314 @@
+"""A whole GRPO step on one GPU: generate, pack, train, sync with proof; beside TRL's trainer with vLLM colocated.
+
+Random Qwen3-shaped weights in bfloat16, prompts of random tokens, every completion of full length, rewards by chance,
+no Ray: a policy rank in this process, a vLLM engine in another on the same GPU, buckets by CUDA IPC between them (on a
+CPU by broadcast, to try the script). TRL's side is its own GRPOTrainer in a process of its own, on as many rollouts of
+the same lengths, bfloat16, beta 0, with the kernels that it chooses by itself unless --attention names others. The
+phases of our step add up to it.
+
+    VLLM_USE_FLASHINFER_SAMPLER=0 python -m benchmarks.grpo_step [--size 0.6b] [--rollouts 128] [--steps 4] [--out FILE]
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.report import row, write
+from benchmarks.shapes import SIZES, hf_config
+
+MEMORY_SHARE = 0.35
+"""Of the GPU, for the engine of either side."""
+
+
+class Engine:
+    """A VllmGenerator in a process of its own; its methods are called by name."""
+
+    def __init__(self, **settings: Any):
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, settings), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def start(self, method: str, *args: Any) -> None:
+        self.pipe.send((method, args))
+
+    def result(self) -> Any:
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def call(self, method: str, *args: Any) -> Any:
+        self.start(method, *args)
+        return self.result()
+
+
+def serve(pipe: Any, settings: dict[str, Any]) -> None:
+    """The engine's process: answers calls until the pipe is closed."""
+    from posttrain.compute.generator.vllm import VllmGenerator
+
+    engine = VllmGenerator(**settings)
+    while True:
+        try:
+            method, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(getattr(engine, method)(*args))
+        except Exception as error:
+            pipe.send(RuntimeError(f"{method}: {type(error).__name__}: {error}"))
+
+
+def run_ours(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every step by phase, and what the trainer measured."""
+    import torch
+
+    from benchmarks.fsdp_scaling import write_model
+    from posttrain.compute.collective import MeetingPoint
+    from posttrain.compute.mesh import Sizes
+    from posttrain.workflow.policy_rank import PolicyRank, Training
+
+    device, longest = "cuda" if torch.cuda.is_available() else "cpu", options.prompt + options.new
+    assert options.pack_tokens >= longest, "a rollout must fit in a pack"
+    with tempfile.TemporaryDirectory() as folder:
+        uri = write_model(Path(folder), options.size, device)
+        training = Training(
+            num_steps=1000,
+            lr=1e-6,
+            schedule="constant",
+            warmup_steps=0,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            pack_tokens=options.pack_tokens,
+            precision=options.precision,
+        )
+        one = {"rank": 0, "sizes": Sizes(data=1), "model_uri": uri, "backend": "posttrain", "reference": False}
+        rank = PolicyRank(**one, training=training)
+        rank.meeting = MeetingPoint("127.0.0.1")
+        costs = rank.join(rank.meeting.address, 600.0)
+        engine = Engine(
+            model_uri=uri,
+            stop_ids=(),
+            pad_id=0,
+            max_tokens=longest,
+            memory_share=MEMORY_SHARE,
+            can_sleep=options.sleep,
+        )
+        sync = Sync(rank, engine, shared=device == "cuda")
+        sync.push(0)
+    steps = [one_step(options, step, rank, engine, sync, costs) for step in range(options.steps + 1)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    engine.process.kill()
+    return {"steps": steps, "policy_peak_gib": round(peak, 2)}
+
+
+class Sync:
+    """What workflow/weight_push.py does through Ray, for one rank and one engine."""
+
+    def __init__(self, rank: Any, engine: Engine, *, shared: bool):
+        self.rank, self.engine, self.handle = rank, engine, None
+        self.dtype = engine.call("weight_dtype")
+        if shared:
+            assert rank.sender("gpu") == engine.call("gpu")
+            self.handle = rank.sender("handle")
+        else:
+            engine.start("join", rank.sender("meet", "127.0.0.1"), 1, 2, 300.0)
+            rank.sender("join", world_size=2, timeout_s=300.0)
+            engine.result()
+
+    def push(self, version: int) -> None:
+        self.engine.call("begin_sync", version)
+        self.rank.sender("start", self.dtype)
+        while packed := self.rank.sender("fill"):
+            self.engine.start("load_bucket", packed, self.handle)
+            if self.handle is None:
+                self.rank.sender("send")
+            self.engine.result()
+        held, sent = self.engine.call("end_sync"), self.rank.weights_digest(self.dtype)
+        assert held == sent, f"the engine holds {held[:12]}, the policy sent {sent[:12]}"
+
+
+def one_step(
+    options: argparse.Namespace, step: int, rank: Any, engine: Engine, sync: Sync, costs: Any
+) -> dict[str, Any]:
+    """Seconds by phase; the first of all steps compiles."""
+    from posttrain.compute.generator import Request
+    from posttrain.config_method import GRPO
+    from posttrain.data.advantage import centered
+    from posttrain.data.pack import fill, pack
+    from posttrain.data.rollout import group_units, request_seed
+    from posttrain.data.types import Prompt, Rollout
+    from posttrain.model.losses import count
+    from posttrain.model.losses.policy_gradient import TruncatedLoss
+
+    rng, vocab, prompts = random.Random(step), SIZES[options.size][-1], options.rollouts // options.group
+    asked = [
+        Prompt(uid=n, token_ids=tuple(rng.choices(range(vocab), k=options.prompt)), row={}) for n in range(prompts)
+    ]
+    requests = [
+        Request(
+            token_ids=p.token_ids, seed=request_seed(step, p.uid, s, 0), temperature=1.0, max_new_tokens=options.new
+        )
+        for p in asked
+        for s in range(options.group)
+    ]
+    marks = [time.perf_counter()]
+    made = engine.call("generate", requests)
+    marks.append(time.perf_counter())
+    units = []
+    for n, prompt in enumerate(asked):
+        few = made[n * options.group : (n + 1) * options.group]
+        names = ("token_ids", "logprobs", "versions", "finish_reason")
+        group = [
+            Rollout(prompt=prompt, sample_index=s, **{name: getattr(c, name) for name in names})
+            for s, c in enumerate(few)
+        ]
+        units += group_units(group, *centered([[rng.random() for _ in few]]))
+    packs = pack(units, pack_tokens=options.pack_tokens)
+    loss = TruncatedLoss(importance_cap=GRPO().importance_cap, temperature=1.0)
+    denominator = count(loss, packs)
+    marks.append(time.perf_counter())
+    if options.sleep:
+        engine.call("sleep")
+    metrics = rank.train_step(step, packs, loss, denominator)
+    marks.append(time.perf_counter())
+    sync.push(step + 1)
+    marks.append(time.perf_counter())
+    phases = ("generate", "pack", "train", "sync")
+    found = {f"{name}_s": end - start for name, (start, end) in zip(phases, pairwise(marks), strict=True)}
+    seconds = sum(metrics.get(f"time/{name}_s", 0.0) for name in ("forward", "backward", "reduce", "optimizer"))
+    trained = costs.metrics(packs, seconds, ranks=1, pack_tokens=options.pack_tokens)
+    kept = ("mismatch_kl", "mismatch_abs", "grad_norm", "loss")
+    return {
+        "step_s": marks[-1] - marks[0],
+        **found,
+        "tokens": sum(len(c.token_ids) for c in made),
+        "fill": fill(packs, pack_tokens=options.pack_tokens),
+        **{name: value for name, value in metrics.items() if name.startswith("time/") or name in kept},
+        **trained,
+    }
+
+
+def run_trl(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every step of TRL's GRPOTrainer."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    vocab, rng, folder = SIZES[options.size][-1], random.Random(0), tempfile.mkdtemp()
+    words = {f"t{n}": n for n in range(vocab - 2)} | {"<eos>": vocab - 2, "<pad>": vocab - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    shape = {key: value for key, value in hf_config(options.size).items() if key not in ("model_type", "architectures")}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, eos_token_id=vocab - 2, pad_token_id=vocab - 1))
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    rows = [{"prompt": " ".join(f"t{rng.randrange(vocab - 2)}" for _ in range(options.prompt))} for _ in range(4096)]
+    times: list[float] = []
+
+    class Times(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    settings = GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=options.rollouts // options.micro_batch,
+        num_generations=options.group,
+        max_completion_length=options.new,
+        max_steps=options.steps + 1,
+        save_strategy="no",
+        report_to=[],
+        bf16=True,
+        learning_rate=1e-6,
+        beta=0.0,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        use_liger_kernel=options.liger,
+        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": options.attention},
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=MEMORY_SHARE,
+        vllm_max_model_length=options.prompt + options.new + 8,
+        vllm_enable_sleep_mode=options.sleep,
+    )
+    trainer = GRPOTrainer(
+        model=folder,
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=fast,
+        reward_funcs=lambda completions, **_: [random.random() for _ in completions],
+        callbacks=[Times()],
+    )
+    trainer.train()
+    return {"steps": [{"step_s": end - start} for start, end in pairwise(times)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="0.6b", choices=SIZES)
+    parser.add_argument("--rollouts", type=int, default=128)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens")
+    parser.add_argument("--new", type=int, default=512, help="tokens of a completion")
+    parser.add_argument("--steps", type=int, default=4, help="that count, after one that compiles")
+    parser.add_argument("--pack-tokens", type=int, default=16_384)
+    parser.add_argument("--precision", default="auto", help="optim.precision")
+    parser.add_argument("--sleep", action="store_true", help="either engine gives its memory back while training")
+    parser.add_argument("--micro-batch", type=int, default=32, help="TRL's")
+    parser.add_argument("--attention", default="sdpa", help="TRL's, as transformers names them")
+    parser.add_argument("--liger", action="store_true", help="TRL with Liger's kernels")
+    parser.add_argument("--timeout", type=float, default=540, help="of one side, seconds")
+    parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--side", choices=["ours", "trl"], help="one side alone, in this process")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps({"ours": run_ours, "trl": run_trl}[options.side](options)), flush=True)
+        return
+    sides = {}
+    for side in ("ours",) if options.no_baseline else ("ours", "trl"):
+        command = [sys.executable, "-m", "benchmarks.grpo_step", *sys.argv[1:], "--side", side]
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=options.timeout, check=True)
+        sides[side] = json.loads(ran.stdout.strip().splitlines()[-1])
+    typical = {side: median(step["step_s"] for step in found["steps"][1:]) for side, found in sides.items()}
+    counted = sides["ours"]["steps"][1:]
+    shown = {name: round(median(step[name] for step in counted), 4) for name in counted[0]}
+    what = f"Qwen3 {options.size}, {options.rollouts} rollouts of {options.prompt} + {options.new} tokens, group "
+    what += f"{options.group}, one device, in turn; baseline: TRL GRPO + vLLM colocated"
+    found = row(
+        "grpo_step", what, ours=typical["ours"], baseline=typical.get("trl", typical["ours"]), unit="s a step",
+        tokens_per_s=round(shown["tokens"] / typical["ours"], 1), phases=shown, measured=sides,
+    )  # fmt: skip
+    if options.no_baseline:
+        found |= {"baseline": None, "ratio": None}
+    write("grpo_step", [found], options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""vLLM on the GPU that trains: weights by CUDA IPC with proof, logprobs near the trainer's, memory given back."""
+
+import pytest
+import torch
+
+from engine_process import EngineProcess
+from posttrain.compute.generator.vllm import vllm_is_installed
+from posttrain.compute.weight_sync import digest
+from posttrain.compute.weight_transfer import Sender
+from posttrain.model.load import load_decoder
+from posttrain.model.weights import hf_tensors
+from vllm_models import asked, model_folder, our_logprobs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not vllm_is_installed(), reason="vllm is not installed"),
+]
+
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 1003}
+
+
+class Colocated:
+    """A model of ours in this process and its engine in another, on one GPU."""
+
+    def __init__(self, folder, **settings):
+        self.model = load_decoder(folder, device=torch.device("cuda"), dtype=torch.bfloat16)
+        self.sender = Sender(torch.device("cuda"), lambda: hf_tensors(self.model), largest=1003 * 256)
+        self.engine = EngineProcess(
+            model_uri=str(folder), stop_ids=(7,), pad_id=0, max_tokens=512, memory_share=0.3, **settings
+        )
+        assert self.engine.call("gpu") == self.sender.gpu()
+        self.handle = self.sender.handle()
+
+    def sync(self, version: int) -> None:
+        self.engine.call("begin_sync", version)
+        self.sender.start("bfloat16")
+        while packed := self.sender.fill():
+            self.engine.call("load_bucket", packed, self.handle)
+        assert self.engine.call("end_sync") == self.sender.digest("bfloat16") == digest(hf_tensors(self.model))
+
+    def train(self) -> None:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+    def mismatch(self, version: int) -> tuple[float, float]:
+        """Mean and largest |difference| of the sampler's logprobs from ours, nats."""
+        requests = [asked(*range(20, 20 + n), seed=n, new=128) for n in range(1, 33)]
+        gaps = []
+        for request, made in zip(requests, self.engine.call("generate", requests), strict=True):
+            assert set(made.versions) == {version}
+            ours = our_logprobs(self.model, request, made).float().cpu()
+            gaps.append((ours - torch.tensor(made.logprobs)).abs())
+        all_gaps = torch.cat(gaps)
+        return float(all_gaps.mean()), float(all_gaps.max())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_each_sync_is_proved_and_its_logprobs_are_near_ours(tmp_path, family):
+    pair = Colocated(model_folder(tmp_path / family, model_type=family, **SIZES))
+    try:
+        for version in range(2):
+            pair.sync(version)
+            mean, most = pair.mismatch(version)
+            print(f"\n{family}, after {version} updates: mean |difference| {mean:.5f}, largest {most:.4f} nats")
+            assert 0 < mean < 0.03, "two engines in bfloat16"
+            pair.train()
+    finally:
+        pair.engine.close()
+
+
+def test_an_engine_that_sleeps_gives_its_memory_back_and_goes_on_after_a_sync(tmp_path):
+    pair = Colocated(model_folder(tmp_path / "m", **SIZES), can_sleep=True)
+    try:
+        pair.sync(0)
+        awake = pair.engine.call("free_memory")
+        pair.engine.call("sleep")
+        asleep = pair.engine.call("free_memory")
+        assert asleep - awake > 0.2 * torch.cuda.get_device_properties(0).total_memory, "of a share of 0.3"
+        pair.train()
+        pair.sync(1)
+        assert pair.mismatch(1)[0] < 0.03
+        assert pair.engine.call("free_memory") < asleep
+    finally:
+        pair.engine.close()
