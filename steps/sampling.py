@@ -35,7 +35,8 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     generators = ActorGroup("generator", cls, [arguments], resources.generator)
     judge = None if config.reward.model is None else locate(config.reward.model, config)
-    rewards = RewardPool(config.reward.function, model=judge, timeout_s=config.reward.timeout_s)
+    limits = {"timeout_s": config.reward.timeout_s, "workers": config.reward.workers}
+    rewards = RewardPool(config.reward.function, model=judge, **limits)
     await rewards.ready()
     maker = RolloutMaker(
         generators,

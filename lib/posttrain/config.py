@@ -6,7 +6,7 @@ The library below takes named arguments: this tree stops at steps/.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from posttrain.config_data import Data, DataSource
 from posttrain.config_method import DPO, GRPO, SFT, Distill, Method, RewardModel
@@ -87,16 +87,26 @@ class Rollout(Section):
     """Deadline of every call to a policy rank or generator, the start with its model load included, seconds."""
 
 
+Functions = Annotated[
+    Annotated[Plugin, Tag("function-path")] | Annotated[dict[Plugin, float], Tag("function-sum")],
+    Discriminator(lambda value: "function-sum" if isinstance(value, dict) else "function-path"),
+]
+"""One function, or several with their weights in a sum."""
+
+
 class Reward(Section):
     """What a completion is worth: by `function`, or by a reward model."""
 
-    function: Plugin | None = None
-    """`f(row, completion) -> float`, or a dict of named parts that sum to the reward."""
+    function: Functions | None = None
+    """`f(row, completion) -> float`, or a dict of named parts that sum to the reward; or `{path: weight}`: a weighted
+    sum, each function's value a part. docs/rl.md lists the built-in ones."""
     model: str | None = None
     """A folder with the head `score`, as the recipe reward exports it (local or s3://), or run:RewardFlow/ID; it reads
     the row's messages and the completion, on a CPU."""
     timeout_s: float = Field(default=10, gt=0)
     """Deadline for one group, seconds; then its process is killed."""
+    workers: int = Field(default=2, ge=1)
+    """Processes that score, each one group at a time, where the run was started; each holds a copy of `model`."""
     max_failures: int = Field(default=20, ge=0)
     """Groups that training may drop because their reward failed, and rows that an evaluation may leave out; one
     more stops the run."""
@@ -104,8 +114,10 @@ class Reward(Section):
     @model_validator(mode="after")
     def one_judge(self):
         if (self.function is None) == (self.model is None):
-            state = "both are" if self.function else "neither is"
+            state = "both are" if self.model else "neither is"
             raise ValueError(f"set exactly one of function and model ({state} set); null drops one that the base has")
+        if isinstance(self.function, dict) and not any(self.function.values()):
+            raise ValueError("function: no weight is other than zero; give one of the functions a weight")
         return self
 
 

@@ -1,5 +1,6 @@
 """Prompts become scored groups: admit, generate, score; a group that fails is dropped, counted and replaced."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from posttrain.data.types import Prompt, Rollout, Row
 from posttrain.errors import RewardError
 from posttrain.workflow.clock import Clock
 from posttrain.workflow.ledger import Ledger
-from posttrain.workflow.reward_pool import RewardPool
+from posttrain.workflow.reward_pool import RewardPool, Scores
 
 Group = list[Rollout]
 
@@ -138,11 +139,10 @@ class RolloutMaker:
             RewardError: more groups failed than the budget allows; names the last cause.
         """
         scored: list[Group] = []
-        for group in groups:
-            prompt = group[0].prompt
-            try:
-                scores = await self.rewards.score(prompt.row, [rollout.text for rollout in group])
-            except RewardError as error:
+        found = await asyncio.gather(*(self._scores(group) for group in groups))
+        for group, scores in zip(groups, found, strict=True):  # in draw order, whatever was scored first
+            if isinstance(scores, RewardError):
+                prompt, error = group[0].prompt, scores
                 failures = ledger.drop("reward_error")
                 if failures > self.max_reward_failures:
                     raise RewardError(
@@ -153,6 +153,12 @@ class RolloutMaker:
                 continue
             scored.append([replace(r, reward=x, parts=parts) for r, (x, parts) in zip(group, scores, strict=True)])
         return scored
+
+    async def _scores(self, group: Group) -> Scores | RewardError:
+        try:
+            return await self.rewards.score(group[0].prompt.row, [rollout.text for rollout in group])
+        except RewardError as error:
+            return error
 
     def _request(self, prompt: Prompt, sample: int, temperature: float) -> Request:
         return Request(
