@@ -135,16 +135,7 @@ class PostTrainFlow(FlowSpec):
     @step
     def warmup(self):
         """Supervised fine-tuning to a first skill; passes the model on when the config has no warm-up."""
-        from posttrain.workflow.card import SFT, TrainingCard
-        from steps.train import train
-
-        plan = self.cfg.warmup
-        facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.ranks} ranks", f"run {current.run_id}"]
-        cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, view=SFT)] if plan else []
-        uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
-        uris["teacher_uri"] = self.teacher_uri
-        self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
-        self.nodes = "one" if self.cfg.parallel.nodes == 1 else "many"
+        self.warm_up()
         self.next({"one": self.train, "many": self.gang}, condition="nodes")
 
     @card(type="blank", id="training")
@@ -223,6 +214,19 @@ class PostTrainFlow(FlowSpec):
         document["parallel"] |= where_it_runs()
         return refusing(load_config, json.dumps(document))
 
+    def warm_up(self):
+        """The program of the step `warmup`, and on how many nodes training goes on."""
+        from posttrain.workflow.card import SFT, TrainingCard
+        from steps.train import train
+
+        plan = self.cfg.warmup
+        facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.ranks} ranks", f"run {current.run_id}"]
+        cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, view=SFT)] if plan else []
+        uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
+        uris["teacher_uri"] = self.teacher_uri
+        self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
+        self.nodes = "one" if self.cfg.parallel.nodes == 1 else "many"
+
     def train_here(self):
         """Run the flow's training program on this node, or lend the node to it."""
         result = self.run_training()
@@ -233,16 +237,20 @@ class PostTrainFlow(FlowSpec):
         """What a flow trains; None on a node that only lends its hardware."""
         raise NotImplementedError
 
-    def train_on_rows(self, title: str, facts: list[str], *, view) -> dict | None:
-        """The recipes on rows: their one training program, seen on a card."""
+    def train_on_rows(self, title: str, facts: list[str], *, view, tokens_uri: str | None = None) -> dict | None:
+        """The recipes on rows: their one training program, seen on a card.
+
+        Args:
+            tokens_uri: of what is trained on, where that is not what merge_tokens() left.
+        """
         from posttrain.workflow.card import TrainingCard
         from steps.train import train
 
         config = self.cfg
         facts = [*facts, f"lr {config.optim.lr:g}", f"{config.parallel.data} ranks", f"run {current.run_id}"]
         card = TrainingCard(title, facts, num_steps=config.optim.num_steps, view=view)
-        uris = {"root": self.root, "model_uri": self.warmed_up["model_uri"], "tokens_uri": self.tokens["uri"]}
-        uris["teacher_uri"] = self.warmed_up["teacher_uri"]
+        uris = {"root": self.root, "model_uri": self.warmed_up["model_uri"]}
+        uris |= {"tokens_uri": tokens_uri or self.tokens["uri"], "teacher_uri": self.warmed_up["teacher_uri"]}
         return refusing(train, config, **uris, recipe=True, gang=self.gang_here(), observers=[card])
 
     def gang_here(self):

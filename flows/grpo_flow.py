@@ -26,6 +26,7 @@ class GRPOFlow(PostTrainFlow):
         ]
         card = TrainingCard("GRPO", facts, num_steps=config.optim.num_steps, view=GRPO)
         uris = {"root": self.root, "model_uri": self.warmed_up["model_uri"], "tokens_uri": self.tokens["uri"]}
+        uris["teacher_uri"] = self.warmed_up["teacher_uri"]
         return refusing(grpo, config, **uris, gang=self.gang_here(), observers=[card])
 
 

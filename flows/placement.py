@@ -4,8 +4,8 @@ import os
 
 from metaflow import FlowMutator
 
-TRAINING = ("warmup", "train", "train_nodes", "evaluate")
-"""Steps that bring up Ray and take the accelerators; the others run on a CPU."""
+TRAINING = ("warmup", "teach", "train", "train_nodes", "evaluate")
+"""Steps that take the accelerators; the others run on a CPU."""
 
 BACKENDS = {"kubernetes": "kubernetes", "aws-batch": "batch"}
 """What Metaflow calls the place in a task's environment -> what the config calls it."""
@@ -18,7 +18,8 @@ class on_hardware(FlowMutator):  # noqa: N801  (a decorator, named like Metaflow
         config = dict(mutable_flow.configs)["config"]
         wants = config["parallel"]
         for name, step in mutable_flow.steps:
-            trains = name in TRAINING and (name != "warmup" or config["warmup"] is not None)
+            idle = {"warmup": config["warmup"] is None, "teach": not config["method"].get("top_k")}
+            trains = name in TRAINING and not idle.get(name, False)
             step.add_decorator("resources", deco_kwargs=_resources(wants, training=trains))
             if wants["backend"] != "local":
                 place = {"image": wants["image"]}

@@ -62,7 +62,7 @@ async def _evaluate(config, tokens_uri, models, measured_with, resources) -> dic
     parts = await rollout_parts(config, model_uri=first, tokens_uri=tokens_uri, resources=resources)
     evaluator = Evaluator(parts.maker, parts.sets[asked_set(config)])
     for version, (name, uri) in enumerate(models.items()):
-        await _send(parts, uri, version, backend=config.model.backend, timeout_s=config.rollout.timeout_s)
+        await _send(parts, uri, version, backend=config.model.backend)
         results[name] |= await evaluator.full(samples=config.eval.samples)
         print(f"{name}: greedy {results[name]['greedy_reward']}, sampled {results[name]['sampled_reward']}", flush=True)
     return results
@@ -93,15 +93,15 @@ async def _measure(
     return found
 
 
-async def _send(parts: RolloutParts, uri: str, version: int, *, backend: str, timeout_s: float) -> None:
+async def _send(parts: RolloutParts, uri: str, version: int, *, backend: str) -> None:
     import torch
 
     chosen = backend_of(backend)
     model = chosen.load(storage.fetch(uri))
-    dtype = getattr(torch, (await parts.generators.call("weight_dtype", timeout_s=timeout_s))[0])
+    dtype = getattr(torch, await parts.generators.weight_dtype())
     weights = {name: tensor.to(dtype) for name, tensor in chosen.tensors(model)}
-    held = await parts.generators.call("sync", version, weights, timeout_s=timeout_s)
-    if set(held) != {digest(weights.items())}:
+    held = await parts.generators.sync(version, weights)
+    if set(held.values()) != {digest(weights.items())}:
         raise SyncError(f"a generator does not hold the weights of {uri}")
 
 

@@ -5,7 +5,7 @@ import shutil
 from typing import Any
 
 from posttrain import storage
-from posttrain.config import Distill, RunConfig
+from posttrain.config import RunConfig
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import DataError
 from posttrain.manifest import json_sha256
@@ -14,6 +14,7 @@ from posttrain.model.export import write_generation_config
 from posttrain.workflow.measures import measured
 from posttrain.workflow.policy_model import ADAPTER
 from steps.origin import LINEAGE, lineage_table, read_lineage
+from steps.recipes import teacher_of
 
 
 def export(
@@ -70,8 +71,8 @@ def _this_run(
     """One entry of the lineage: what this run started from, read and trained."""
     data_uri = storage.join(root, "data")
     started_from = {"model": config.model.path or "fresh"}
-    if isinstance(config.method, Distill):
-        started_from["teacher"] = config.method.teacher.path or "fresh"
+    if (teacher := teacher_of(config)) is not None:
+        started_from["teacher"] = teacher.path or "fresh"
     return {
         "run": f"{provenance['flow']}/{provenance['run_id']}",
         "method": config.method.name,

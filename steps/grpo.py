@@ -11,8 +11,10 @@ from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
 from posttrain.data.advantage import advantages_of
 from posttrain.model.losses import Loss
-from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, TruncatedLoss
+from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, SequenceTruncatedLoss, TruncatedLoss
+from posttrain.model.losses.value import ValueLoss
 from posttrain.workflow.controller import Controller, Plan
+from posttrain.workflow.credit import Credit
 from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
@@ -20,6 +22,7 @@ from posttrain.workflow.policy import Policy
 from posttrain.workflow.policy_rank import Training
 from posttrain.workflow.stopping import StopSignal
 from steps.hardware import hardware
+from steps.recipes import build_of
 from steps.sampling import rollout_parts
 from steps.saving import checkpoints_of, saver_of
 from steps.tracking import tracking
@@ -33,6 +36,7 @@ def grpo(
     root: str,
     model_uri: str,
     tokens_uri: str,
+    teacher_uri: str | None = None,
     gang: Gang | None = None,
     observers: Sequence[Observer] = (),
 ) -> dict[str, Any] | None:
@@ -42,22 +46,24 @@ def grpo(
         model_uri, checkpoint root, rewards at both ends and the ledger; None on a node
         that only lent its hardware.
     """
-    resources = hardware(config.parallel)
+    resources = hardware(config.parallel, config.rollout.generators)
     with ray_cluster(gang or Gang(), **resources.cluster) as driving:
         if not driving:
             return None
         uris = {"root": root, "model_uri": model_uri, "tokens_uri": tokens_uri}
         shaped_by = {"warmup", "method", "rollout", "reward"}
-        kept = checkpoints_of(config, stage="grpo", shaped_by=shaped_by, **uris)
+        kept = checkpoints_of(config, stage="grpo", shaped_by=shaped_by, teacher_uri=teacher_uri, **uris)
         with StopSignal() as stop, kept.writing(), tracking(config, root=root, phase="grpo") as trackers:
             saving = partial(saver_of, config, checkpoints=kept, num_steps=config.optim.num_steps, stop=stop)
-            return asyncio.run(_grpo(config, uris, [*observers, *trackers], resources, saving))
+            build = build_of(config, teacher_uri)
+            return asyncio.run(_grpo(config, uris, [*observers, *trackers], resources, saving, build))
 
 
-async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
+async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, Any]:
     method, optim, (root, model_uri, tokens_uri) = config.method, config.optim, uris.values()
     assert isinstance(method, GRPO), "the flow has refused any other"
-    parts = await rollout_parts(config, model_uri=model_uri, tokens_uri=tokens_uri, resources=resources)
+    uris_of_parts = {"model_uri": model_uri, "tokens_uri": tokens_uri}
+    parts = await rollout_parts(config, **uris_of_parts, resources=resources, count=config.rollout.generators)
     policy = await Policy.launch(
         sizes=resources.sizes,
         model_uri=model_uri,
@@ -66,6 +72,7 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
         reference=method.kl_coef is not None,
         timeout_s=config.rollout.timeout_s,
         pool=resources.policy,
+        build=build,
     )
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), *observers])
@@ -74,10 +81,13 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
             num_steps=optim.num_steps,
             prompts_per_step=config.rollout.prompts_per_step,
             group_size=method.group_size,
+            max_staleness=config.rollout.max_staleness,
             advantages=advantages_of(method.advantage),
             weigh_by_sequence=method.weigh == "sequence",
             pack_tokens=config.data.pack_tokens,
             eval_every=config.eval.every_steps,
+            credit=_credit(method, temperature=config.rollout.temperature),
+            passes=method.epochs,
         ),
         policy=policy,
         maker=parts.maker,
@@ -99,10 +109,33 @@ async def _grpo(config, uris, observers, resources, saving) -> dict[str, Any]:
     }
 
 
+def _credit(method: GRPO, *, temperature: float) -> Credit | None:
+    """What gives every token an advantage of its own; None where it is its completion's."""
+    paid = (method.kl_coef or 0.0) if method.kl_in == "reward" else 0.0
+    if not paid and method.advantage not in ("gae", "teacher"):
+        return None
+    return Credit(
+        temperature=temperature,
+        kl_coef=paid,
+        kl_estimator=method.kl_estimator,
+        teacher=method.advantage == "teacher",
+        gae=method.gae if method.advantage == "gae" else None,
+    )
+
+
 def _loss(method: GRPO, *, temperature: float) -> Loss:
+    policy = _policy_loss(method, temperature=temperature)
+    return (
+        ValueLoss(policy=policy, coef=method.value_coef, clip=method.value_clip)
+        if method.advantage == "gae"
+        else policy
+    )
+
+
+def _policy_loss(method: GRPO, *, temperature: float) -> Loss:
     shared: dict[str, Any] = {
         "temperature": temperature,
-        "kl_coef": method.kl_coef or 0.0,
+        "kl_coef": (method.kl_coef or 0.0) if method.kl_in == "loss" else 0.0,
         "kl_estimator": method.kl_estimator,
     }
     if method.clip is not None:
@@ -110,6 +143,8 @@ def _loss(method: GRPO, *, temperature: float) -> Loss:
     match method.loss:
         case "truncated":
             return TruncatedLoss(importance_cap=method.importance_cap, **shared)
+        case "truncated_sequence":
+            return SequenceTruncatedLoss(importance_cap=method.importance_cap, **shared)
         case "clipped":
             return ClippedLoss(**shared)
         case "sequence":

@@ -25,22 +25,22 @@ class Hardware:
     """CPU actors that tokenise and pack ahead; 0 leaves that to a thread of the driver."""
 
 
-def hardware(parallel: Parallel) -> Hardware:
+def hardware(parallel: Parallel, generators: int = 1) -> Hardware:
     """One rule for a laptop and for N GPUs.
 
-    With a GPU to spare the generator gets its own; otherwise it shares one with a policy
-    rank and the two take turns. On CPU the ranks split the cores, and the generator, which
-    works while the ranks wait, uses all of them.
+    With a GPU to spare for each, generators get their own; otherwise each shares one with a policy
+    rank and the two take turns. On CPU the ranks split the cores, and the generators, which
+    work while the ranks wait, use all of them.
     """
     local = parallel.backend == "local"
     cores = (os.cpu_count() or 1) if local else parallel.cpus_per_node
     gpus = parallel.gpus_per_node
     ranks_per_node = -(-parallel.ranks // parallel.nodes)
-    alone = parallel.gpus > parallel.ranks
+    alone = parallel.gpus >= parallel.ranks + generators
     # One worker makes 0.6 M tokens/s and more (benchmarks/tokenize_pack.py); a GPU trains a 0.6B model at 0.1 M.
     workers = -(-gpus // 4)
     return Hardware(
-        cluster={"num_cpus": max(cores, ranks_per_node + 1 + workers), "num_gpus": gpus},
+        cluster={"num_cpus": max(cores, ranks_per_node + generators + workers), "num_gpus": gpus},
         policy=Pool(
             gpus=0 if not gpus else 1 if alone else 0.6,
             threads=max(1, cores // ranks_per_node),

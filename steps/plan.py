@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain import storage
 from posttrain.compute.verl_workers import INSTALL, verl_is_installed
-from posttrain.config import Distill, Origin, RunConfig
+from posttrain.config import GRPO, Distill, Origin, RunConfig
 from posttrain.config_file import RECIPES
 from posttrain.data.source import check_source
 from posttrain.errors import ConfigError, ModelError, PosttrainError
@@ -105,9 +105,19 @@ def _check_models(config: RunConfig) -> list[str]:
     problems = _check_origin(config, config.model, "model")
     if isinstance(config.method, Distill):
         problems += _check_origin(config, config.method.teacher, "method.teacher")
+    elif isinstance(config.method, GRPO) and config.method.teacher is not None:
+        problems += _check_folder(locate(config.method.teacher, config), "method.teacher")
     if config.reward and config.reward.model:
         problems += _check_judge(locate(config.reward.model, config))
     return problems
+
+
+def _check_folder(folder: str, key: str) -> list[str]:
+    try:
+        decoder_config(read_config(folder))
+    except ModelError as error:
+        return [f"{key}: {error}"]
+    return []
 
 
 def _check_judge(folder: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import storage
-from posttrain.config import Distill, FreshModel, Origin, RunConfig
+from posttrain.config import FreshModel, Origin, RunConfig
 from posttrain.data.record_checks import question_hash
 from posttrain.data.source import Source, as_files, read_rows, stored_rows, write_rows
 from posttrain.data.tokenizer import BaseHFModelTokenizer
@@ -21,7 +21,7 @@ from posttrain.model.backend import backend_of
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.heads import FOLDER as HEADS
 from steps.origin import LINEAGE, locate
-from steps.recipes import prompt_sets, rows_of, trains_on_rows
+from steps.recipes import prompt_sets, rows_of, teacher_of, trains_on_rows
 from steps.streams import row_reader, shares_of, store_sources, stored_sources
 
 TEXT_FILES = (".json", ".jinja", ".txt", ".model")
@@ -43,7 +43,7 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
     Returns:
         data: uri, rows per set and sha256 per file.
         model: uri and architecture.
-        teacher_uri: of a distillation, else None.
+        teacher_uri: of a run that learns from one, else None.
         parts: shares of tokenising the training sources, [source, first block, end block].
 
     Raises:
@@ -59,10 +59,9 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
         model_uri, lambda target: _write_model(config, target, vocabulary_texts(config, rows, sources))
     )
     shape = backend_of(config.model.backend).shape(storage.fetch(model_uri))
-    teacher_uri = None
-    if isinstance(config.method, Distill):
-        teacher_uri, teacher = storage.join(root, "teacher"), config.method.teacher
-        student = storage.fetch(model_uri)
+    teacher_uri, teacher = None, teacher_of(config)
+    if teacher is not None:
+        teacher_uri, student = storage.join(root, "teacher"), storage.fetch(model_uri)
         storage.ensure_folder(teacher_uri, lambda target: _write_teacher(config, teacher, target, student))
     files = read_manifest(folder)["files"]
     return {
@@ -146,12 +145,12 @@ def model_folder(path: str, revision: str | None, *, suffixes: tuple[str, ...], 
 
 
 def _write_model(config: RunConfig, folder: Path, texts: Iterator[str]) -> None:
-    fresh, method = config.model.fresh, config.method
+    fresh, origin = config.model.fresh, teacher_of(config)
     if fresh is None:
         _copy_model(config, config.model, folder, "model")
         return
-    if isinstance(method, Distill) and method.teacher.path is not None:
-        teacher = model_folder(locate(method.teacher.path, config), method.teacher.revision, suffixes=TEXT_FILES)
+    if origin is not None and origin.path is not None:
+        teacher = model_folder(locate(origin.path, config), origin.revision, suffixes=TEXT_FILES)
         size = backend_of("posttrain").shape(teacher).vocab_size
         _copy_text(teacher, folder, but=(LINEAGE,))  # a student writes in its teacher's tokens
     else:
@@ -171,23 +170,32 @@ def _write_teacher(config: RunConfig, teacher: Origin, folder: Path, student: Pa
         _build_fresh(config, teacher.fresh, folder, vocab_size=size, seed=config.seed + 1)
         return
     _copy_model(config, teacher, folder, "method.teacher")
-    check_same_tokens(student, folder)
+    check_same_tokens(student, folder, backend=config.model.backend)
 
 
-def check_same_tokens(student: Path, teacher: Path) -> None:
-    """Refuse a teacher whose distributions are over other tokens than the student's.
+def check_same_tokens(student: Path, teacher: Path, *, backend: str = "posttrain") -> None:
+    """Refuse a teacher that speaks of other tokens than the student's. Its matrix may have more rows: padding.
 
     Raises:
-        DataError: names the first id by which the two mean different tokens.
+        DataError: names the first ids by which the two tokenizers mean different tokens, or both models' rows.
     """
-    mine, theirs = (BaseHFModelTokenizer(folder).hf.get_vocab() for folder in (student, teacher))
-    others = {number: token for token, number in theirs.items()}
-    for token, number in sorted(mine.items(), key=lambda item: item[1]):
-        if others.get(number) != token:
-            raise DataError(
-                f"method.teacher: id {number} is {token!r} for the student and {others.get(number)!r} for the teacher; "
-                "distillation compares distributions over the same tokens: choose models of one tokenizer"
-            )
+    mine, theirs = (
+        {number: token for token, number in BaseHFModelTokenizer(folder).hf.get_vocab().items()}
+        for folder in (student, teacher)
+    )
+    differ = [number for number in sorted(mine.keys() | theirs.keys()) if mine.get(number) != theirs.get(number)]
+    if differ:
+        shown = [f"id {n} is {mine.get(n)!r} for the student and {theirs.get(n)!r} for the teacher" for n in differ[:3]]
+        raise DataError(
+            f"method.teacher: {'; '.join(shown)} ({len(differ)} ids differ); "
+            "distillation compares distributions over the same tokens: choose models of one tokenizer"
+        )
+    rows = [backend_of(backend).shape(folder).vocab_size for folder in (student, teacher)]
+    if rows[1] < rows[0]:
+        raise DataError(
+            f"method.teacher: it has {rows[1]} rows of tokens, the student {rows[0]}; it says nothing of the last "
+            f"{rows[0] - rows[1]}: choose a teacher with as many rows or more"
+        )
 
 
 def _build_fresh(config: RunConfig, fresh: FreshModel, folder: Path, *, vocab_size: int, seed: int) -> None:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from posttrain.config import DPO, Distill, RewardModel, RunConfig
+from posttrain.config import DPO, GRPO, Distill, Origin, RewardModel, RunConfig
 from posttrain.model.lora import LoRA
 from posttrain.model.losses import Loss
-from posttrain.model.losses.distill import DivergenceLoss
+from posttrain.model.losses.distill import DivergenceLoss, TopKDistillLoss
 from posttrain.model.losses.dpo import DPOLoss
 from posttrain.model.losses.reward import BradleyTerryLoss, PointwiseLoss
 from posttrain.model.losses.sft import SFTLoss
@@ -55,7 +55,8 @@ def loss_of(config: RunConfig, stage: str) -> Loss:
         case RewardModel():
             return PointwiseLoss(kind="bce", label="label")
         case Distill():
-            return DivergenceLoss(kind=method.kind, beta=method.beta, temperature=method.temperature)
+            kind = DivergenceLoss if method.top_k is None else TopKDistillLoss
+            return kind(kind=method.kind, beta=method.beta, temperature=method.temperature)
         case _:
             return SFTLoss()
 
@@ -105,17 +106,27 @@ def training_of(config: RunConfig, stage: str) -> Training:
     )
 
 
+def teacher_of(config: RunConfig) -> Origin | None:
+    """The model that the run learns from, where it has one."""
+    method = config.method
+    if isinstance(method, Distill):
+        return method.teacher
+    return Origin(path=method.teacher) if isinstance(method, GRPO) and method.teacher is not None else None
+
+
 def build_of(config: RunConfig, teacher_uri: str | None, *, trains: bool = True) -> Build:
     """What the recipe makes of the model; the warm-up trains it as it is.
 
     Args:
         trains: off to measure a model, whose adapters are merged or not yet there.
     """
-    lora = config.model.lora if trains else None
+    lora, method = config.model.lora if trains else None, config.method
+    written = isinstance(method, Distill) and method.top_k is not None  # what the teacher says is in the token files
     return Build(
         lora=None if lora is None else LoRA(rank=lora.rank, alpha=lora.alpha, targets=lora.targets),
-        score_head=config.method.name == "reward",
-        teacher_uri=teacher_uri,
+        score_head=method.name == "reward",
+        value_head=isinstance(method, GRPO) and method.advantage == "gae",
+        teacher_uri=None if written else teacher_uri,
         seed=config.seed,
     )
 

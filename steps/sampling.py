@@ -10,8 +10,9 @@ from posttrain.config_method import GRPO
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
+from posttrain.workflow.generators import Generators
 from posttrain.workflow.reward_pool import RewardPool
-from posttrain.workflow.rollouts import Prompts, RolloutMaker, Sampling, Shaping
+from posttrain.workflow.rollouts import Limit, Prompts, RolloutMaker, Sampling, Shaping
 from steps.hardware import Hardware
 from steps.origin import locate
 from steps.recipes import prompt_sets
@@ -19,21 +20,27 @@ from steps.recipes import prompt_sets
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutParts:
-    """A generator, a reward process, and the sets of prompts by name."""
+    """Generators, a reward process, and the sets of prompts by name."""
 
-    generators: ActorGroup
+    generators: Generators
     maker: RolloutMaker
     sets: dict[str, Prompts]
 
 
-async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, resources: Hardware) -> RolloutParts:
-    """Start a generator of `model_uri`'s architecture and a reward process, and read the prompts."""
+async def rollout_parts(
+    config: RunConfig, *, model_uri: str, tokens_uri: str, resources: Hardware, count: int = 1
+) -> RolloutParts:
+    """Start `count` generators of `model_uri`'s architecture and a reward process, and read the prompts."""
     assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     choice = config.rollout.generator
     cls = TransformersGenerator if choice == "transformers" else resolve(choice, key="rollout.generator")
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-    generators = ActorGroup("generator", cls, [arguments], resources.generator)
+    generators = Generators(
+        ActorGroup("generator", cls, [arguments] * count, resources.generator),
+        timeout_s=config.rollout.timeout_s,
+        max_failures=config.rollout.max_failures,
+    )
     judge = None if config.reward.model is None else locate(config.reward.model, config)
     limits = {"timeout_s": config.reward.timeout_s, "workers": config.reward.workers}
     rewards = RewardPool(config.reward.function, model=judge, **limits)
@@ -46,9 +53,11 @@ async def rollout_parts(config: RunConfig, *, model_uri: str, tokens_uri: str, r
             seed=config.seed,
             temperature=config.rollout.temperature,
             max_new_tokens=config.rollout.max_new_tokens,
-            timeout_s=config.rollout.timeout_s,
         ),
-        max_reward_failures=config.reward.max_failures,
+        limits={
+            "reward_error": Limit(config.reward.max_failures, "a failed reward", "reward.max_failures"),
+            "generation_error": Limit(config.rollout.max_failures, "a failed generator", "rollout.max_failures"),
+        },
         shaping=_shaping(config),
     )
     folder = storage.fetch(tokens_uri)

@@ -1,6 +1,9 @@
 """Classes for tests that put them into processes of their own, where they must be importable."""
 
+import os
+import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +34,17 @@ class HangingGenerator(TransformersGenerator):
 
     def generate(self, requests):
         time.sleep(3600)
+        return super().generate(requests)
+
+
+class DyingTransformers(TransformersGenerator):
+    """The first of its kind dies in a call once it has the weights of version 1."""
+
+    def generate(self, requests):
+        mark = Path("a_generator_died")
+        if self.version == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().generate(requests)
 
 

@@ -85,6 +85,14 @@ class Rollout(Section):
     """A completion that reaches it is cut, tokens."""
     timeout_s: float = Field(default=600, gt=0)
     """Deadline of every call to a policy rank or generator, the start with its model load included, seconds."""
+    generators: int = Field(default=1, ge=1)
+    """Copies of the engine that training samples with."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Optimizer steps by which the weights that sampled a token may be behind those that it trains; 0 samples and
+    trains in turn, more lets generators work while the policy trains."""
+    max_failures: int = Field(default=2, ge=0)
+    """Generators that may die and are replaced, and groups that may be dropped because a generator raised; one more of
+    either stops the run."""
 
 
 Functions = Annotated[
@@ -197,7 +205,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def fits_together(self):
-        problems = [*self._missing(), *self._of_method(), *self._of_hardware()]
+        problems = [*self._missing(), *self._of_method(), *self._of_heads(), *self._of_hardware()]
         if self.data.sources and not any(source.schedule[0][1] for source in self.data.sources):
             problems.append("data.sources: none has a weight above zero at draw 0; give one of them one")
         if self.optim.warmup_steps >= self.optim.num_steps and self.optim.schedule != "constant":
@@ -250,14 +258,29 @@ class RunConfig(Section):
             problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
         if isinstance(self.method, RewardModel) and self.method.kind == "labels" and self.warmup:
             problems.append("warmup: answers with labels are no demonstrations, some are bad; set warmup: null")
-        if self.method.name in ("reward", "distill") and self.model.backend != "posttrain":
-            problems.append(f"model.backend = transformers: method {self.method.name} needs posttrain's own decoder")
         if self.method.name in ("dpo", "reward") and self.data.over_long == "split":
             problems.append("data.over_long = split: pairs cannot be split; choose error, drop or truncate")
         return problems
 
+    def _of_heads(self) -> list[str]:
+        """What the recipe reads of models, and where."""
+        problems, method = [], self.method
+        critic = method.name == "grpo" and method.advantage == "gae"
+        if (critic or method.name in ("reward", "distill")) and self.model.backend != "posttrain":
+            who = "method.advantage = gae" if critic else f"method {method.name}"
+            problems.append(f"model.backend = transformers: {who} needs posttrain's own decoder")
+        if isinstance(method, Distill) and method.top_k and self.data.tokenize == "online":
+            problems.append("method.top_k writes into token files: set data.tokenize: ahead, or top_k: null")
+        return problems
+
     def _of_hardware(self) -> list[str]:
         problems = self.parallel.unfit(backend=self.model.backend, adapters=self.model.lora is not None)
+        gpus, ranks, generators = self.parallel.gpus, self.parallel.ranks, self.rollout.generators
+        if self.method.name == "grpo" and gpus and generators > max(ranks, gpus - ranks):
+            problems.append(
+                f"rollout.generators = {generators} is more than the {max(ranks, gpus - ranks)} that {gpus} GPUs with "
+                f"{ranks} policy ranks have room for: one beside each rank, or one on each GPU without a rank"
+            )
         if self.parallel.backend != "local" and not (self.checkpoint.root or "").startswith("s3://"):
             problems.append(
                 f"parallel.backend = {self.parallel.backend} runs every step in a container of its own; "

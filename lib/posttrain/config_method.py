@@ -82,40 +82,72 @@ class Distill(_Offline):
     """Share of the teacher in the mixture of jsd."""
     temperature: float = Field(default=1.0, gt=0)
     """Of both distributions."""
+    top_k: int | None = Field(default=None, ge=1)
+    """The teacher's so many likeliest tokens at every position are written down before training, which then holds no
+    teacher; all others count as one. null compares whole vocabularies, with the teacher beside the student."""
 
 
 class GRPO(Section):
-    """On-policy policy gradient over groups of completions; docs/rl.md names the published methods by their keys."""
+    """On-policy policy gradient over sampled completions; docs/rl.md names the published methods by their keys."""
 
     name: Literal["grpo"] = "grpo"
     """The recipe."""
-    group_size: int = Field(default=8, ge=2)
-    """Completions sampled for each prompt; the group is its own baseline, so 1 has no signal."""
-    advantage: Literal["centered", "normalized", "leave_one_out", "batch_normalized"] = "centered"
-    """Reward less the group's mean; over the group's standard deviation; less the mean of the others; or over the
-    standard deviation of the whole step."""
-    loss: Literal["truncated", "clipped", "sequence"] = "truncated"
+    group_size: int = Field(default=8, ge=1)
+    """Completions sampled for each prompt; where the group is its own baseline, 1 has no signal."""
+    advantage: Literal["centered", "normalized", "leave_one_out", "batch_normalized", "gae", "teacher"] = "centered"
+    """Reward less the group's mean; over the group's standard deviation; less the mean of the others; over the
+    standard deviation of the whole step; less what a value head expects, token by token (PPO); or no reward: log p
+    of each token under `teacher` less the policy's own (on-policy distillation)."""
+    teacher: str | None = None
+    """advantage teacher: a model with the policy's vocabulary, a folder (local or s3://) or run:SFTFlow/ID."""
+    gae: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (1.0, 0.95)
+    """advantage gae: gamma and lambda (arXiv:1506.02438)."""
+    value_coef: float = Field(default=0.1, gt=0)
+    """advantage gae: weight of the value head's loss."""
+    value_clip: float = Field(default=0.2, gt=0)
+    """advantage gae: how far from its value before the step an expected reward may be fitted; from the second epoch."""
+    epochs: int = Field(default=1, ge=1)
+    """Optimizer steps on each batch of completions."""
+    loss: Literal["truncated", "truncated_sequence", "clipped", "sequence"] = "truncated"
     """What a token does that is less likely under the trainer than under the sampler, or likelier: keep its gradient
-    at a bounded weight; give none beyond `clip`; or the same with one ratio a completion."""
+    at a bounded weight, its own or its completion's; give none beyond `clip`, by its own ratio or its completion's."""
     importance_cap: float = Field(default=2.0, ge=1)
-    """truncated: upper bound of a token's trainer/sampler probability ratio."""
+    """truncated, truncated_sequence: upper bound of the trainer/sampler probability ratio of a token, or of a whole
+    completion."""
     clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] | None = None
     """clipped, sequence: how far below and above 1 a ratio may be; null is 0.2 and 0.2, or 0.0003 and 0.0004."""
     weigh: Literal["token", "sequence"] = "token"
     """Every trained token counts the same, or every completion."""
     kl_coef: float | None = Field(default=None, ge=0)
-    """Weight of KL(policy || start) in the loss; 0 only measures it, null keeps no reference model."""
+    """Weight of KL(policy || start); 0 only measures it, null keeps no reference model."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or a price of each token that all tokens up to it earn."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of that KL, from the sampled tokens."""
+    """Of that KL, from the sampled tokens; k1 is the one whose expectation is exact in the reward."""
     overlong_tokens: int | None = Field(default=None, ge=1)
     """The last so many of rollout.max_new_tokens cost reward, in a line down to -1."""
     replace_silent: bool = False
     """Sample other prompts in place of those whose completions all got the same reward."""
 
     @model_validator(mode="after")
-    def clips_what_it_clips(self):
-        if self.clip is not None and self.loss == "truncated":
-            raise ValueError("clip does nothing with loss = truncated; set loss to clipped or sequence")
+    def fits_together(self):
+        by_group = self.advantage not in ("gae", "teacher")
+        if self.clip is not None and self.loss.startswith("truncated"):
+            raise ValueError(f"clip does nothing with loss = {self.loss}; set loss to clipped or sequence")
+        if by_group and self.group_size == 1:
+            raise ValueError(f"group_size = 1 has no baseline with advantage = {self.advantage}; set 2 or more, or gae")
+        if not by_group and self.replace_silent:
+            raise ValueError(
+                f"replace_silent is for groups that are their own baseline, not advantage = {self.advantage}"
+            )
+        if (self.advantage == "teacher") != (self.teacher is not None):
+            raise ValueError("advantage = teacher and the key teacher go together; set both, or neither")
+        if self.advantage == "gae" and self.loss.endswith("sequence"):
+            raise ValueError(
+                f"advantage = gae is of tokens, loss = {self.loss} of completions; set truncated or clipped"
+            )
+        if self.kl_in == "reward" and self.kl_coef is None:
+            raise ValueError("kl_in = reward: kl_coef says at what price; set it")
         return self
 
 

@@ -20,7 +20,11 @@ async def within(seconds: float, what: str, awaitable: Awaitable[T]) -> T:
         DeadlineError: `what` did not finish in time.
     """
     task = asyncio.ensure_future(awaitable)
-    done, _ = await asyncio.wait({task}, timeout=seconds)  # not wait_for: the work may raise a TimeoutError of its own
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)  # not wait_for: the work may raise a TimeoutError itself
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
     if not done:
         task.cancel()
         raise DeadlineError(f"{what} did not finish within {seconds:g} s")

@@ -61,12 +61,24 @@ class WorkerDiedError(ComputeError):
     """The process of a worker ended: the cause of what its peers may raise after it."""
 
 
+class WorkerHungError(ComputeError):
+    """A worker did not answer by its deadline."""
+
+
+class GenerationError(ComputeError):
+    """A generator could not answer some requests, and lives."""
+
+
 class RewardError(PosttrainError, RuntimeError):
     """A reward raised, timed out, or returned something that is not a finite number."""
 
 
 class SyncError(PosttrainError, RuntimeError):
     """The generator does not hold the weights that the policy sent."""
+
+
+class StalenessError(PosttrainError, RuntimeError):
+    """A rollout is older than rollout.max_staleness allows; it is not trained."""
 
 
 class GateError(PosttrainError, RuntimeError):

@@ -29,11 +29,15 @@ def overrides(name: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "dpo", "reward", "distill"])
-def test_a_recipe_runs_from_its_config_to_its_export(tmp_path: Path, name: str):
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("sft", {}), ("dpo", {}), ("reward", {}), ("distill", {}), ("distill", {"method.top_k": 8})],
+    ids=["sft", "dpo", "reward", "distill", "distill offline"],
+)
+def test_a_recipe_runs_from_its_config_to_its_export(tmp_path: Path, name: str, more: dict[str, object]):
     flow = [sys.executable, str(ROOT / "flows" / f"{name}_flow.py"), "--config-value", "config"]
     env = environment(tmp_path)
-    command = [*flow, json.dumps(overrides(name)), "run", "--run-id-file", "run_id"]
+    command = [*flow, json.dumps(overrides(name) | more), "run", "--run-id-file", "run_id"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert f"{name} 6/6" in done.stdout and "exported model: " in done.stdout

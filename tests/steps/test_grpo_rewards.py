@@ -57,7 +57,9 @@ def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_reward_that_never_varies_stops_a_run_that_waits_for_signal(tmp_path: Path):
-    with pytest.raises(RewardError, match=r"10 rounds of sampling in a row, .* too easy, too hard, or the reward"):
+    with pytest.raises(
+        RewardError, match=r"40 groups in a row had no different rewards: .* too easy, too hard, or the reward"
+    ):
         run(tmp_path, "constant", **{"method.replace_silent": True})
 
 

@@ -1,6 +1,8 @@
 """Every recipe on rows through its one training program: it learns, measures itself, and leaves what comes next."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from steps.audit import audit
 from steps.prepare import check_same_tokens, prepare
 from steps.recipes import build_of, loss_of, training_of
 from steps.streams import HELD_OUT_UNITS
+from steps.teach import merge_taught, shares, teach
 from steps.train import held_out_packs
 from tiny import tiny_model
 
@@ -130,3 +133,79 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path):
     found = prepare(config, root=str(tmp_path / "run"))
     check_same_tokens(Path(found["model"]["uri"]), tmp_path / "tiny")
     assert json.loads(Path(found["teacher_uri"], "config.json").read_text())["hidden_size"] == 32
+    # a tokenizer with one token more: its distributions are over something else
+    vocabulary = json.loads((tmp_path / "tiny" / "tokenizer.json").read_text())
+    vocabulary["added_tokens"].append(vocabulary["added_tokens"][0] | {"content": "<|more|>", "id": 299})
+    larger = Path(shutil.copytree(tmp_path / "tiny", tmp_path / "larger"))
+    (larger / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(
+        DataError, match=r"id \d+ is None for the student and '<\|more\|>' for the teacher \(1 ids differ"
+    ):
+        check_same_tokens(tmp_path / "tiny", larger)
+
+
+def test_a_teacher_may_have_rows_that_are_no_tokens_and_must_not_have_fewer(tmp_path: Path):
+    student, padded = tiny_model(tmp_path / "student"), Path(tmp_path / "padded")
+    shutil.copytree(student, padded)
+    config = json.loads((student / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 64}))
+    check_same_tokens(student, padded)
+    with pytest.raises(DataError, match=r"method.teacher: it has \d+ rows of tokens, the student \d+; .* last 64"):
+        check_same_tokens(padded, student)
+
+
+def taught(config, base: Prepared) -> str:
+    uris = {"root": str(base.root), "tokens_uri": base.tokens_uri}
+    parts = shares(config, tokens_uri=base.tokens_uri)
+    models = {"model_uri": base.model_uri, "teacher_uri": base.teacher_uri}
+    return merge_taught(config, **uris, parts=[teach(config, **uris, **models, part=part) for part in parts])
+
+
+def losses(config, base: Prepared, packs: list) -> list[float]:
+    facts = {"backend": "posttrain", "training": training_of(config, "distill")}
+    build = build_of(config, base.teacher_uri)
+    rank = PolicyRank(rank=0, sizes=Sizes(data=1), model_uri=base.model_uri, reference=False, build=build, **facts)
+    rank.address()
+    rank.join("", 60.0)
+    assert (rank.teacher is None) == (config.method.top_k is not None), "a teacher that has written needs no memory"
+    loss = loss_of(config, "distill")
+    return [rank.train_step(step, packs, loss, count(loss, packs))["loss"] for step in range(4)]
+
+
+def test_a_teacher_that_wrote_down_everything_trains_as_one_that_is_there(tmp_path: Path):
+    online = recipe_config("distill", **{"optim.lr": 1e-2, "method.kind": "reverse_kl"})
+    base = prepared(tmp_path, online)
+    vocab_size = load_decoder(base.model_uri).config.vocab_size
+    offline = recipe_config("distill", **{"optim.lr": 1e-2, "method.kind": "reverse_kl", "method.top_k": vocab_size})
+    assert merge_taught(online, root=str(tmp_path), tokens_uri=base.tokens_uri, parts=[]) == base.tokens_uri
+    packs = held_out_packs(offline, taught(offline, base))
+    expected = losses(online, base, held_out_packs(online, base.tokens_uri))
+    assert losses(offline, base, packs) == pytest.approx(expected, abs=1e-4)
+    assert expected[-1] < expected[0]
+    beyond = recipe_config("distill", **{"method.top_k": vocab_size + 1})
+    with pytest.raises(
+        DataError, match=rf"method.top_k = {vocab_size + 1} is more than the student's {vocab_size} tok"
+    ):
+        teach(
+            beyond,
+            root=f"{tmp_path}/other",
+            tokens_uri=base.tokens_uri,
+            model_uri=base.model_uri,
+            teacher_uri=base.teacher_uri,
+            part=[-1, 0, 1],
+        )
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_what_its_teacher_wrote_and_resumes_to_the_same_bytes(tmp_path: Path):
+    config = recipe_config("distill", **{"optim.lr": 1e-2, "method.top_k": 8})
+    base = prepared(tmp_path, config)
+    base = replace(base, tokens_uri=taught(config, base))
+    whole = result_of(trained(config, base, tmp_path))
+    rows = metrics(tmp_path / "metrics" / "distill.jsonl")
+    assert rows[-1]["eval/loss"] < rows[2]["eval/loss"] and 0 < rows[0]["teacher_mass"] < 1
+    assert audit(str(tmp_path))["stages"]["distill"]["replayed"] == 6
+    assert trained(config, base, tmp_path / "killed", fault="loop.before_train@4").returncode == -9
+    again = result_of(trained(config, base, tmp_path / "killed"))
+    weights = [Path(each["model_uri"], "model.safetensors").read_bytes() for each in (whole, again)]
+    assert weights[0] == weights[1]

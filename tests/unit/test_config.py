@@ -80,7 +80,7 @@ def test_a_mistake_is_one_line_that_says_the_fix(changes, line):
         ("optim.lr", "fast"),
         ("optim.lr", float("nan")),
         ("seed", -1),
-        ("method.group_size", 1),
+        ("method.group_size", 0),
         ("method.name", "ppo"),
         ("parallel.backend", "slurm"),
         ("checkpoint.keep", 0),
@@ -112,7 +112,7 @@ def test_every_problem_is_reported_at_once():
         {
             "optim.weight_decy": 0.1,
             "seed": "x",
-            "method.group_size": 1,
+            "method.group_size": 0,
             "reward.function": "bad",
             "rollout.prompts_per_step": 63,
             "parallel.backend": "kubernetes",
@@ -188,6 +188,46 @@ def test_a_mistake_in_a_recipe_is_one_line_too(method, changes, line):
         recipe(method, changes)
     (found,) = str(error.value).splitlines()
     assert line in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"group_size": 1}, "method: group_size = 1 has no baseline with advantage = centered"),
+        ({"advantage": "teacher"}, "method: advantage = teacher and the key teacher go together"),
+        ({"teacher": "folder"}, "method: advantage = teacher and the key teacher go together"),
+        (
+            {"advantage": "gae", "loss": "sequence"},
+            "method: advantage = gae is of tokens, loss = sequence of completions",
+        ),
+        ({"advantage": "gae", "replace_silent": True}, "method: replace_silent is for groups that are their own base"),
+        ({"kl_in": "reward", "kl_coef": None}, "method: kl_in = reward: kl_coef says at what price"),
+        (
+            {"loss": "truncated_sequence", "clip": [0.1, 0.1]},
+            "method: clip does nothing with loss = truncated_sequence",
+        ),
+        ({"gae": [1.0, 1.5]}, "method.gae[1]: input should be less than or equal to 1 (got 1.5)"),
+        ({"value_clip": 0}, "method.value_clip: input should be greater than 0"),
+    ],
+)
+def test_parts_of_an_rl_method_that_do_not_go_together_are_one_line(changes, line):
+    (found,) = refusal({f"method.{key}": value for key, value in changes.items()})
+    assert line in found
+
+
+def test_a_critic_or_a_teacher_needs_no_group():
+    assert load({"method.advantage": "gae", "method.group_size": 1}).method.gae == (1.0, 0.95)
+    changes = {"method.advantage": "teacher", "method.teacher": "run:SFTFlow/1", "method.group_size": 1}
+    assert load(changes).method.teacher == "run:SFTFlow/1"
+    (line,) = refusal({"method.advantage": "gae", "model.backend": "transformers"})
+    assert line == "model.backend = transformers: method.advantage = gae needs posttrain's own decoder"
+
+
+def test_what_a_teacher_says_is_written_into_token_files_only():
+    method = {"name": "distill", "teacher": {"path": "t"}, "top_k": 8}
+    assert recipe(method, {}).method.top_k == 8
+    with pytest.raises(ConfigError, match="top_k writes into token files: set"):
+        recipe(method, {"data.tokenize": "online"})
 
 
 def test_a_dotted_key_changes_one_value_and_keeps_its_neighbours():

@@ -20,6 +20,8 @@ class Pool:
     gpus: float = 0
     threads: int = 1
     """Compute threads of each actor."""
+    concurrency: int = 1
+    """Calls that each actor takes at once, each in a thread of its own."""
     orchestrator: Literal["ray", "verl"] = "ray"
     """Who starts the actors and carries calls to them."""
     placement: Literal["PACK", "SPREAD"] | None = None

@@ -14,7 +14,7 @@ from posttrain.compute.stacks import print_stacks, watched
 from posttrain.compute.verl_workers import VerlWorkers
 from posttrain.compute.whereabouts import Whereabouts, last_words, whereabouts
 from posttrain.deadline import DeadlineError, within
-from posttrain.errors import ComputeError, PosttrainError, WorkerDiedError
+from posttrain.errors import ComputeError, PosttrainError, WorkerDiedError, WorkerHungError
 
 GRACE_S = 3.0
 """For the death behind an error: peers of a dead rank may fail in a collective before Ray has told of the death."""
@@ -34,10 +34,10 @@ class ActorGroup:
     """
 
     def __init__(self, name: str, cls: type, per_rank: Sequence[dict[str, Any]], pool: Pool | None = None):
-        self.name, pool = name, pool or Pool()
-        self.places = Places(name, pool, len(per_rank))
-        backend = VerlWorkers if pool.orchestrator == "verl" else RayActors
-        self.members = backend(cls, per_rank, pool, self.places)
+        self.name, self.pool = name, pool or Pool()
+        self.places = Places(name, self.pool, len(per_rank))
+        backend = VerlWorkers if self.pool.orchestrator == "verl" else RayActors
+        self.members = backend(cls, per_rank, self.pool, self.places)
         self.actors = self.members.actors
         # Asked for now, because a dead or hung actor no longer answers.
         self._told = [each.__ray_call__.remote(whereabouts) for each in self.actors]
@@ -75,6 +75,18 @@ class ActorGroup:
     def start(self, rank: int, method: str, *args: Any) -> Any:
         """Begin `method` on one actor and return a handle to its result, to pass to another group unread."""
         return self.members.submit(rank, method, args, {})
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether replace() works: verl's groups live and die as a whole."""
+        return isinstance(self.members, RayActors)
+
+    def replace(self, rank: int) -> None:
+        """Put a new actor, made as the first was, where one has died; it knows nothing of what the first did."""
+        assert isinstance(self.members, RayActors), "ask replaceable first"
+        self.members.start(rank)
+        self._told[rank] = self.actors[rank].__ray_call__.remote(whereabouts)
+        self._watched[rank] = self.actors[rank].__ray_call__.remote(watched)
 
     def kill(self) -> None:
         """End every actor now, without running its exit handlers."""
@@ -118,7 +130,7 @@ class ActorGroup:
                 if self._stacks is None or self._stacks.done():  # ranks that wait for each other are late together
                     self._stacks = asyncio.create_task(asyncio.to_thread(print_stacks, self.name, self._watched))
                 late, stacks = f": {method}() did not finish within {timeout_s:g} s", await self._stacks
-                raise self._failed(rank, late, stacks.strip()) from None
+                raise self._failed(rank, late, stacks.strip(), kind=WorkerHungError) from None
 
     @contextmanager
     def _named(self, rank: int, method: str) -> Iterator[None]:
@@ -151,19 +163,26 @@ class RayActors:
     """Actors of Ray itself: the default backend."""
 
     def __init__(self, cls: type, per_rank: Sequence[dict[str, Any]], pool: Pool, places: Places):
+        self.cls, self.per_rank, self.pool, self.places = cls, per_rank, pool, places
+        self.actors: list[Any] = [None] * len(per_rank)
+        for rank in range(len(per_rank)):
+            self.start(rank)
+
+    def start(self, rank: int) -> None:
+        """Make the actor of one rank."""
         import ray
 
-        actor = ray.remote(cls)
-        same = {
+        pool = self.pool
+        options = {
             "num_cpus": pool.cpus,
             "num_gpus": pool.gpus,
             "max_restarts": 0,
             "runtime_env": {"env_vars": environment(pool)},
         }
-        self.actors = [
-            actor.options(**same, **place).remote(**arguments)  # pyright: ignore[reportAttributeAccessIssue]
-            for place, arguments in zip(places.options, per_rank, strict=True)
-        ]
+        if pool.concurrency > 1:
+            options["max_concurrency"] = pool.concurrency
+        actor = ray.remote(self.cls).options(**options, **self.places.options[rank])  # pyright: ignore[reportAttributeAccessIssue]
+        self.actors[rank] = actor.remote(**self.per_rank[rank])
 
     def submit(self, rank: int, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Begin `method` on one actor; a handle to its result."""
@@ -176,14 +195,18 @@ class RayActors:
 
 async def first_cause(calls: Sequence[asyncio.Future[Any]]) -> list[Any]:
     """Results in order; or raise the failure that explains the others: a death, else the first to come."""
-    done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
-    failures = [error for call in done if (error := call.exception())]
-    if not failures:
-        return [call.result() for call in calls]
-    if not any(isinstance(error, WorkerDiedError) for error in failures):
-        done, _ = await asyncio.wait(calls, timeout=GRACE_S)
-        failures += [error for call in done if (error := call.exception()) and error not in failures]
-    raise next((error for error in failures if isinstance(error, WorkerDiedError)), failures[0])
+    try:
+        done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+        failures = [error for call in done if (error := call.exception())]
+        if not failures:
+            return [call.result() for call in calls]
+        if not any(isinstance(error, WorkerDiedError) for error in failures):
+            done, _ = await asyncio.wait(calls, timeout=GRACE_S)
+            failures += [error for call in done if (error := call.exception()) and error not in failures]
+        raise next((error for error in failures if isinstance(error, WorkerDiedError)), failures[0])
+    finally:
+        for call in calls:
+            call.cancel()  # nobody waits for those that are not done
 
 
 def _cause(message: str) -> str:

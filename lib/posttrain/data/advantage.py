@@ -41,6 +41,16 @@ def batch_normalized(groups: Groups) -> list[list[float]]:
     return [[advantage / scale for advantage in row] for row in rows]
 
 
+def uncentered(groups: Groups) -> list[list[float]]:
+    """The rewards as they are: what a critic is the baseline of (data/gae.py)."""
+    return [list(group) for group in _finite(groups)]
+
+
+def ignored(groups: Groups) -> list[list[float]]:
+    """0 whatever the reward: a teacher says what each token is worth (workflow/credit.py)."""
+    return [[0.0] * len(group) for group in _finite(groups)]
+
+
 def overlong_penalty(length: int, *, max_tokens: int, buffer: int) -> float:
     """0 up to max_tokens - buffer tokens, then down in a line to -1 at max_tokens (DAPO, arXiv:2503.14476, eq. 13)."""
     return -max(0.0, length - (max_tokens - buffer)) / buffer
@@ -57,6 +67,10 @@ def advantages_of(name: str) -> Advantages:
             return leave_one_out
         case "batch_normalized":
             return batch_normalized
+        case "gae":
+            return uncentered
+        case "teacher":
+            return ignored
     raise AssertionError(f"method.advantage {name!r} is none that is defined")
 
 

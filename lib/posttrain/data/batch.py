@@ -29,9 +29,14 @@ def collate(pack: Pack, *, pack_tokens: int) -> Batch:
     loss_idx = np.flatnonzero(mask)
     extra = {
         name: torch.from_numpy(flat(name, np.float32)[loss_idx])
-        for name in ("sampler_logprobs", "advantages")
+        for name in ("sampler_logprobs", "advantages", "ref_logprobs", "values", "returns")
         if getattr(pack.samples[0], name) is not None
     }
+    for name, dtype in (("teacher_ids", np.int64), ("teacher_logprobs", np.float32)):
+        if getattr(pack.samples[0], name) is not None:
+            rows = np.concatenate([getattr(sample, name) for sample in pack.samples])
+            assert len(rows) == len(loss_idx), f"{name} has {len(rows)} rows for {len(loss_idx)} trained tokens"
+            extra[name] = torch.from_numpy(rows.astype(dtype))
     return Batch(
         input_ids=torch.from_numpy(flat("input_ids", np.int64)),
         target_ids=torch.from_numpy(flat("target_ids", np.int64)),

@@ -5,6 +5,7 @@ read; a row group is a block that the stream's order can go to.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,21 +37,31 @@ SCHEMA = pa.schema(
 """Of the unit: the columns of its documents end to end, tokens of each, tokens in all, the hash of its row (null in all
 but the first unit of a row that was split), and every field's number of each document."""
 
+TAUGHT = SCHEMA.append(pa.field("teacher_ids", pa.list_(pa.int32()))).append(
+    pa.field("teacher_logprobs", pa.list_(pa.float32()))
+)
+"""With what a teacher said: of every token that carries loss its K likeliest, row after row."""
+
 _Hashed = tuple[Unit, int | None]
 
 
 class UnitsFile:
     """A Parquet file of units that is being written; a context, closed at its end."""
 
-    def __init__(self, path: Path):
-        self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True)
+    def __init__(self, path: Path, *, schema: pa.Schema = SCHEMA):
+        """
+        Args:
+            schema: SCHEMA, or TAUGHT for units that hold what a teacher said.
+        """
+        self._schema = schema
+        self._file = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
         self._group: list[_Hashed] = []
         self._tokens = 0
 
     def add(self, unit: Unit, row_hash: int | None) -> None:
         """Append a unit with the hash of the row it came from, or None."""
         self._group.append((unit, row_hash))
-        self._tokens += sum(map(len, unit))
+        self._tokens += sum(map(_size, unit))
         if self._tokens >= GROUP_TOKENS:
             self._write()
 
@@ -63,13 +74,13 @@ class UnitsFile:
 
     def _write(self) -> None:
         if self._group:
-            self._file.write_table(_table(self._group))
+            self._file.write_table(_table(self._group, self._schema))
             self._group, self._tokens = [], 0
 
 
-def write_units(units: Iterable[_Hashed], path: Path) -> None:
+def write_units(units: Iterable[_Hashed], path: Path, *, schema: pa.Schema = SCHEMA) -> None:
     """One Parquet file of units, each with the hash of the row it came from, or None."""
-    with UnitsFile(path) as file:
+    with UnitsFile(path, schema=schema) as file:
         for unit, row_hash in units:
             file.add(unit, row_hash)
 
@@ -126,10 +137,16 @@ class TokenUnits:
         return found
 
 
-def _table(group: list[_Hashed]) -> pa.Table:
+def _size(sample: Sample) -> int:
+    """Tokens, and as many for what a teacher said as take the same memory: 8 bytes a number pair, 12 a token."""
+    return len(sample) + (0 if sample.teacher_ids is None else sample.teacher_ids.size * 2 // 3)
+
+
+def _table(group: list[_Hashed], schema: pa.Schema) -> pa.Table:
     columns: dict[str, list] = {
-        name: [np.concatenate([getattr(sample, name) for sample in unit]) for unit, _ in group]
-        for name in ("input_ids", "target_ids", "loss_mask")
+        name: [np.concatenate([getattr(sample, name).reshape(-1) for sample in unit]) for unit, _ in group]
+        for name in ("input_ids", "target_ids", "loss_mask", "teacher_ids", "teacher_logprobs")
+        if name in schema.names
     }
     columns["doc_lens"] = [[len(sample) for sample in unit] for unit, _ in group]
     columns["length"] = [sum(map(len, unit)) for unit, _ in group]
@@ -137,7 +154,7 @@ def _table(group: list[_Hashed]) -> pa.Table:
     columns["fields"] = [
         [(name, [sample.fields[name] for sample in unit]) for name in unit[0].fields] for unit, _ in group
     ]
-    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA})
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema})
 
 
 def _units(table: pa.Table) -> list[Unit]:
@@ -145,7 +162,8 @@ def _units(table: pa.Table) -> list[Unit]:
     targets, mask = _lists(table, "target_ids")[0], _lists(table, "loss_mask")[0]
     doc_lens, doc_starts = _lists(table, "doc_lens")
     fields: list[list[tuple[str, list[float]]]] = table["fields"].to_pylist()
-    units = []
+    said = {name: _lists(table, name) for name in ("teacher_ids", "teacher_logprobs") if name in table.column_names}
+    units: list[Unit] = []
     for row in range(table.num_rows):
         ends = starts[row] + np.cumsum(doc_lens[doc_starts[row] : doc_starts[row + 1]])
         bounds = [int(starts[row]), *ends.tolist()]
@@ -160,7 +178,17 @@ def _units(table: pa.Table) -> list[Unit]:
                 for document, (a, b) in enumerate(pairwise(bounds))
             )
         )
+        if said:
+            here = {name: values[offsets[row] : offsets[row + 1]] for name, (values, offsets) in said.items()}
+            units[-1] = _taught(units[-1], here)
     return units
+
+
+def _taught(unit: Unit, said: dict[str, np.ndarray]) -> Unit:
+    """The unit with its documents' [M, K] parts of flat columns over all of its tokens that carry loss."""
+    counts = [int(np.count_nonzero(sample.loss_mask)) for sample in unit]
+    parts = {name: np.split(flat.reshape(sum(counts), -1), np.cumsum(counts)[:-1]) for name, flat in said.items()}
+    return tuple(replace(sample, **{name: parts[name][i] for name in parts}) for i, sample in enumerate(unit))
 
 
 def _lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -36,6 +36,16 @@ class Sample:
     """[L] float32, nats, under the policy that sampled the target; 0 off the mask."""
     advantages: np.ndarray | None = None
     """[L] float32, reward units after group centering; 0 off the mask."""
+    ref_logprobs: np.ndarray | None = None
+    """[L] float32, nats, under the frozen reference, where it was asked before the step; 0 off the mask."""
+    values: np.ndarray | None = None
+    """[L] float32, what the value head expected before each target was chosen; 0 off the mask."""
+    returns: np.ndarray | None = None
+    """[L] float32, what the value head is fitted to; 0 off the mask."""
+    teacher_ids: np.ndarray | None = None
+    """[M, K] int32, of the M targets that carry loss alone: the tokens that a teacher held likeliest."""
+    teacher_logprobs: np.ndarray | None = None
+    """[M, K] float32, nats, what the teacher gave them."""
     fields: dict[str, float] = field(default_factory=dict)
     """One number each for the whole document: a label, a reference's logprob, a margin."""
 
@@ -95,6 +105,10 @@ class Batch:
     """[N] float32, nats, under the frozen reference; filled in on the rank that holds it."""
     advantages: Tensor | None = None
     """[N] float32."""
+    values: Tensor | None = None
+    """[N] float32, of the value head before this step."""
+    returns: Tensor | None = None
+    """[N] float32, what the value head is fitted to."""
     teacher_ids: Tensor | None = None
     """[N, K] int64, the tokens that a teacher holds likeliest at each position."""
     teacher_logprobs: Tensor | None = None
@@ -105,7 +119,7 @@ class Batch:
     def rows(self, chosen: slice) -> "Batch":
         """The same batch with its [N] columns cut to `chosen`: what a loss reads of a chunk of loss rows."""
         names = ("loss_idx", "loss_mask", "sampler_logprobs", "ref_logprobs", "advantages")
-        names += ("teacher_ids", "teacher_logprobs")
+        names += ("values", "returns", "teacher_ids", "teacher_logprobs")
         columns = {name: getattr(self, name) for name in names}
         return replace(self, **{name: column[chosen] for name, column in columns.items() if column is not None})
 

@@ -12,7 +12,9 @@ from posttrain.data.types import Batch
 from posttrain.model.collectives import Group, gather_rows
 from posttrain.model.decoder import Decoder
 from posttrain.model.head import Head, divergence_loss, logprobs_and_entropy, row_loss
+from posttrain.model.heads import VALUE
 from posttrain.model.losses import Loss
+from posttrain.model.losses.value import ValueLoss
 from posttrain.model.output import Output
 
 __all__ = ["Output", "Teacher", "forward", "logits", "loss_sum"]
@@ -34,19 +36,21 @@ def forward(model: Decoder, batch: Batch, *, temperature: float = 1.0, with_logp
     Args:
         temperature: the one the targets were sampled at, so that logprobs compare with
             the sampler's; 1 for everything but rollouts.
-        with_logprobs: off where only the score heads are wanted; the LM head is then not applied.
+        with_logprobs: off where only the other heads are wanted; the LM head is then not applied.
     """
-    hidden, group = model(batch), _group(model)
-    scores = _scores(model, hidden, batch)
+    hidden, group, count = model(batch), _group(model), len(batch.loss_idx)
+    part = batch if group is None else batch.rows(group.share(count))
+    scores, values = _scores(model, hidden, batch), _values(model, hidden[part.loss_idx])
+    values = None if values is None else gather_rows(values, group, count)
     if model.output_head is None or not with_logprobs:
         empty = hidden.new_empty(0, dtype=torch.float32)
         _release(model)
-        return Output(logprobs=empty, entropy=empty, scores=scores)
-    head, count = Head(vocab_size=model.config.vocab_size, temperature=temperature), len(batch.loss_idx)
-    part = batch if group is None else batch.rows(group.share(count))
+        return Output(logprobs=empty, entropy=empty, values=values, scores=scores)
+    head = Head(vocab_size=model.config.vocab_size, temperature=temperature)
     logprobs, entropy = logprobs_and_entropy(hidden[part.loss_idx], model.output_head.weight, _targets(part), head)
     _release(model)
-    return _output(gather_rows(logprobs, group, count), gather_rows(entropy, group, count), scores)
+    found = _output(gather_rows(logprobs, group, count), gather_rows(entropy, group, count))
+    return replace(found, values=values, scores=scores)
 
 
 def loss_sum(
@@ -61,8 +65,8 @@ def loss_sum(
     Ranks that share the model share the rows too: metric sums are one rank's part, to be summed over all ranks.
     """
     group = _group(model)
-    if loss_fn.reads in ("scores", "documents"):
-        output = forward(model, batch, temperature=loss_fn.temperature, with_logprobs=loss_fn.reads == "documents")
+    if loss_fn.reads in ("scores", "documents", "sequences"):
+        output = forward(model, batch, temperature=loss_fn.temperature, with_logprobs=loss_fn.reads != "scores")
         loss, metrics = loss_fn(output, batch)
         copies = 1 if group is None else group.size  # each makes the loss whole, from rows that it gathered
         return scale * loss, {name: value / copies for name, value in {"loss": loss.detach(), **metrics}.items()}
@@ -80,7 +84,14 @@ def loss_sum(
         distance = _distance(loss_fn, batch, scale, sums)
         loss = divergence_loss(hidden, weight, teacher.hidden, teacher.weight, head, distance)
     else:
-        loss = row_loss(hidden, weight, _targets(batch), head, _chunk_loss(loss_fn, batch, scale, sums))
+        by_row = loss_fn.policy if isinstance(loss_fn, ValueLoss) else loss_fn
+        loss = row_loss(hidden, weight, _targets(batch), head, _chunk_loss(by_row, batch, scale, sums))
+        if isinstance(loss_fn, ValueLoss):
+            values = _values(model, hidden)
+            assert values is not None, f"a loss that reads values needs the head {VALUE!r}"
+            of_values, metrics = loss_fn.of_values(values, batch)
+            _add(sums, {"loss": of_values, **metrics})
+            loss = loss + scale * of_values
     _release(model)
     return loss, sums
 
@@ -109,7 +120,7 @@ def _chunk_loss(
     loss_fn: Loss, batch: Batch, scale: float, sums: dict[str, Tensor]
 ) -> Callable[[slice, Tensor, Tensor], Tensor]:
     def part(rows: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
-        loss, metrics = loss_fn(_output(logprobs, entropy, {}), batch.rows(rows))
+        loss, metrics = loss_fn(_output(logprobs, entropy), batch.rows(rows))
         _add(sums, {"loss": loss, **metrics})
         return scale * loss
 
@@ -140,16 +151,22 @@ def _targets(batch: Batch) -> Tensor:
     return column if batch.teacher_ids is None else torch.cat((column, batch.teacher_ids), dim=1)
 
 
-def _output(logprobs: Tensor, entropy: Tensor, scores: dict[str, Tensor]) -> Output:
+def _output(logprobs: Tensor, entropy: Tensor) -> Output:
     rest = logprobs[:, 1:] if logprobs.shape[1] > 1 else None
-    return Output(logprobs=logprobs[:, 0], entropy=entropy, teacher_logprobs=rest, scores=scores)
+    return Output(logprobs=logprobs[:, 0], entropy=entropy, teacher_logprobs=rest)
+
+
+def _values(model: Decoder, rows: Tensor) -> Tensor | None:
+    """[n] float32 of the critic at hidden rows [n, d], which is before each row's target is known; None without one."""
+    return model.heads[VALUE](rows).float().squeeze(-1) if VALUE in model.heads else None
 
 
 def _scores(model: Decoder, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Every score head at the last token of each sample, [S, k] float32."""
-    if not model.heads:
+    heads = {name: head for name, head in model.heads.items() if name != VALUE}
+    if not heads:
         return {}
     last = hidden[(batch.cu_seqlens[1 : batch.num_samples + 1] - 1).long()]
     group, count = _group(model), len(last)
     last = last if group is None else last[group.share(count)]
-    return {name: gather_rows(head(last).float(), group, count) for name, head in model.heads.items()}
+    return {name: gather_rows(head(last).float(), group, count) for name, head in heads.items()}

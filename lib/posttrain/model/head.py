@@ -71,6 +71,23 @@ def divergence_loss(
     return _Divergence.apply(hidden, weight, teacher_hidden, teacher_weight, head, distance)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def top_logprobs(hidden: Tensor, weight: Tensor, head: Head, *, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of every row, [N, k] int64, the likeliest first, and their logprobs [N, k] float32, nats.
+
+    Args:
+        hidden: [N, d].
+        weight: [V, d], V at least head.vocab_size; other rows are no tokens.
+    """
+    ids = torch.empty((len(hidden), k), dtype=torch.int64, device=hidden.device)
+    logprobs = torch.empty((len(hidden), k), dtype=torch.float32, device=hidden.device)
+    for rows, logits in _chunks(hidden, weight):
+        lse, _ = softmax_stats(logits, **_facts(head))
+        ids[rows] = logits[:, : head.vocab_size].topk(k, dim=-1).indices
+        logprobs[rows] = _at(logits, ids[rows], lse, head)
+    return ids, logprobs
+
+
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head):

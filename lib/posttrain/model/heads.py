@@ -27,6 +27,9 @@ FOLDER, FILE = "heads", "model.safetensors"
 CONFIG_KEY = "posttrain_heads"
 """What config.json says of them."""
 
+VALUE = "value"
+"""The one head that is read before every token that carries loss, not at a document's end: a critic."""
+
 HeadSpec = int | str
 """Outputs of a linear head without bias, or `package.module:name`, called with the hidden size, of a user's own."""
 
@@ -112,7 +115,12 @@ def write_heads(model: nn.Module, folder: str | Path | None) -> dict[str, HeadSp
 @torch.no_grad()
 def draw_head(head: nn.Module, spec: HeadSpec, hidden_size: int, *, name: str, seed: int) -> None:
     """Give a head that no checkpoint holds its first values: a linear one normal with variance
-    1 / (hidden_size + 1) (arXiv:1909.08593, section 2.1), a user's own what it draws itself."""
+    1 / (hidden_size + 1) (arXiv:1909.08593, section 2.1), a critic zero, so that its first advantages are the
+    rewards alone, a user's own what it draws itself."""
+    if name == VALUE:
+        assert isinstance(head, Linear), f"head {VALUE} is linear"
+        fill(head.weight, torch.zeros(head.weight.shape))
+        return
     if isinstance(spec, int):
         generator = torch.Generator().manual_seed(seed)
         assert isinstance(head, Linear)

@@ -21,6 +21,12 @@ class Clock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count seconds of one phase to another, as many of them as it has."""
+        seconds = min(seconds, self.seconds[source])
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
     def metrics(self, measured: Mapping[str, float]) -> dict[str, float]:
         """time/<phase>_s of every phase, time/other_s, and time/step_s since the start: what all others add up to.
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from posttrain.data.types import Prompt
 from posttrain.errors import RewardError
-from posttrain.workflow.ledger import Ledger
-from posttrain.workflow.rollouts import Group, Prompts, RolloutMaker
+from posttrain.workflow.rollouts import Dropped, Group, Prompts, RolloutMaker
+from posttrain.workflow.supervise import supervised
 
 EVAL_SEED = 7_919
 """Sampling noise of every evaluation, whatever the run's seed: models are compared on paired draws."""
@@ -22,13 +23,15 @@ class Evaluator:
             maker.rewards,
             decode=maker.decode,
             sampling=replace(maker.sampling, seed=EVAL_SEED),
-            max_reward_failures=maker.max_reward_failures,
+            limits=maker.limits,
         )
         self.prompts = prompts.in_order()
 
-    async def quick(self) -> float:
-        """Mean reward of one sample per row at the training temperature."""
-        return _mean_reward(await self._groups(samples=1, temperature=self.maker.sampling.temperature))
+    async def quick(self) -> dict[str, float]:
+        """eval/reward, the mean of one sample per row at the training temperature, and eval/version, the weights'."""
+        groups = await self._groups(samples=1, temperature=self.maker.sampling.temperature)
+        version = min(version for (rollout,) in groups for version in rollout.versions)
+        return {"eval/reward": _mean_reward(groups), "eval/version": float(version)}
 
     async def full(self, *, samples: int) -> dict[str, Any]:
         """Greedy reward, mean reward of `samples` draws, mean best of them, mean length, and a few rows."""
@@ -48,12 +51,24 @@ class Evaluator:
         }
 
     async def _groups(self, *, samples: int, temperature: float) -> list[Group]:
-        """Scored groups of all held-out rows but those whose reward failed, within the run's budget."""
-        groups = await self.maker.sample(self.prompts, samples=samples, temperature=temperature)
-        scored = await self.maker.score(groups, Ledger())
-        if not scored:
-            raise RewardError(f"the reward failed on all {len(groups)} held-out rows")
-        return scored
+        """Scored groups of all held-out rows but those that were dropped, within the run's limits."""
+        dropped: list[Dropped] = []
+
+        async def make(prompt: Prompt) -> Group | Dropped:
+            made = await self.maker.make(prompt, samples, temperature=temperature)
+            if isinstance(made, Dropped):
+                dropped.append(made)
+                if made.reason in self.maker.limits:
+                    alike = sum(each.reason == made.reason for each in dropped)
+                    self.maker.limits[made.reason].check(alike, made)
+            return made
+
+        async with supervised() as tasks:
+            making = [tasks.create_task(make(prompt)) for prompt in self.prompts]
+        groups = [made for task in making if isinstance(made := task.result(), list)]
+        if not groups:
+            raise RewardError(f"all {len(dropped)} held-out rows were dropped, the last: {dropped[-1].error}")
+        return groups
 
 
 def last_user_text(row: dict[str, Any]) -> str:

@@ -8,26 +8,42 @@ from posttrain.data.types import Pack
 
 
 class Ledger:
-    """Draws admitted, trained and dropped by reason, and one digest over every global batch so far."""
+    """Draws admitted, trained and dropped by reason, and one digest over every global batch so far.
+
+    A draw that draw() gave out is open until it is trained or dropped: "queued", then "in_flight" at a generator,
+    then "scored". What was open when a state was saved is drawn again after a restore: its seeds follow from its
+    number, so it is lost to none and trained once.
+    """
 
     def __init__(self, state: dict[str, Any] | None = None):
         state = state or {"digest": "", "drawn": 0, "trained": 0, "dropped": {}}
         self.digest: str = state["digest"]
-        self.drawn: int = state["drawn"]
         self.trained: int = state["trained"]
         self.dropped: dict[str, int] = dict(state["dropped"])
+        self.drawn: int = state["drawn"] - sum(map(len, state.get("open", {}).values()))
+        self.open: dict[int, str] = {}
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"digest": self.digest, "drawn": self.drawn, "trained": self.trained, "dropped": dict(self.dropped)}
+        phases = {phase: [uid for uid, at in self.open.items() if at == phase] for phase in self.open.values()}
+        counts = {"drawn": self.drawn, "trained": self.trained, "dropped": dict(self.dropped)}
+        return {"digest": self.digest, **counts, "open": phases}
 
     def draw(self) -> int:
         """The next draw number; every number is given out once."""
+        self.open[self.drawn] = "queued"
         self.drawn += 1
         return self.drawn - 1
 
-    def drop(self, reason: str) -> int:
+    def move(self, uid: int, phase: str) -> None:
+        """Note how far an open draw has come."""
+        assert uid in self.open, f"draw {uid} is not open"
+        self.open[uid] = phase
+
+    def drop(self, reason: str, uid: int | None = None) -> int:
         """Count a dropped draw; return how many had this reason."""
+        if uid is not None:
+            del self.open[uid]
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         return self.dropped[reason]
 
@@ -62,10 +78,12 @@ class Ledger:
                     chain.update(sample.advantages.tobytes())
         self.digest = chain.hexdigest()
         self.trained += len(draws)
+        for uid in draws:
+            self.open.pop(uid, None)
         return {"digest": self.digest, "draws": _ranges(draws), "dropped": dict(self.dropped)}
 
     def balance(self) -> int:
-        """Draws neither trained nor dropped; 0 between steps."""
+        """Draws neither trained nor dropped; 0 between steps, but for draws that are open ahead of training."""
         return self.drawn - self.trained - sum(self.dropped.values())
 
 

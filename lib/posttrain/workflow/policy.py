@@ -11,9 +11,7 @@ from posttrain.data.pack import deal
 from posttrain.data.types import Pack
 from posttrain.model.losses import Loss, count
 from posttrain.workflow.costs import Costs
-from posttrain.workflow.policy_model import (
-    Build,
-)
+from posttrain.workflow.policy_model import Build, Scores
 from posttrain.workflow.policy_rank import PolicyRank, Training
 from posttrain.workflow.straggler import Stragglers, imbalance
 
@@ -82,11 +80,25 @@ class Policy:
 
     async def document_logprobs(self, packs: Sequence[Pack]) -> list[list[float]]:
         """Of each pack, in order, the log p of every sample's trained tokens under the current weights, nats."""
+        return await self._of_packs("document_logprobs", packs)
+
+    async def token_scores(self, packs: Sequence[Pack], names: Sequence[str], temperature: float) -> list[Scores]:
+        """Of each pack, in order, what each of `names` says of its trained tokens, before a step.
+
+        Args:
+            names: of "values", the value head's; "ref_logprobs" and "teacher", log p of each token under the frozen
+                reference and under the teacher, nats.
+            temperature: of those logprobs.
+        """
+        return await self._of_packs("token_scores", packs, names, temperature)
+
+    async def _of_packs(self, method: str, packs: Sequence[Pack], *args: Any) -> list[Any]:
+        """What a method of the ranks finds of each pack, in the packs' order; each data rank takes a share."""
         ranks, rounds = self.sizes.data, -(-len(packs) // self.sizes.data)
         # Ranks of a sharded model go through as many packs each; what fills up a share is scored and not read.
         filled = [*packs, *[packs[0]] * (ranks * rounds - len(packs))] if self.costs.sharded else list(packs)
-        calls = [((filled[self.sizes.data_rank(rank) :: ranks],), {}) for rank in range(self.sizes.world)]
-        found = await self.group.call_each("document_logprobs", calls, timeout_s=self.timeout_s)
+        calls = [((filled[self.sizes.data_rank(rank) :: ranks], *args), {}) for rank in range(self.sizes.world)]
+        found = await self.group.call_each(method, calls, timeout_s=self.timeout_s)
         first = [next(r for r in range(self.sizes.world) if self.sizes.data_rank(r) == share) for share in range(ranks)]
         return [found[first[number % ranks]][number // ranks] for number in range(len(packs))]
 

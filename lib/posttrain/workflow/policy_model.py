@@ -6,16 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from posttrain.data.types import Batch
 from posttrain.model.backend import Backend
 from posttrain.model.forward import Teacher, forward, loss_sum
+from posttrain.model.heads import NATIVE, VALUE
 from posttrain.model.lora import LoRA, add_lora
 from posttrain.model.losses import Loss
 from posttrain.model.peft_format import save_adapter
 from posttrain.model.weights import hf_name
+
+Scores = dict[str, np.ndarray]
+"""What is known of the trained tokens of a pack, by name: [N] float32 each."""
 
 ADAPTER = "adapter"
 """Folder of a trained model that holds its adapters."""
@@ -29,8 +34,10 @@ class Build:
     """Adapters that are trained in place of the weights."""
     score_head: bool = False
     """Hugging Face's head `score` in the LM head's place: a reward model."""
+    value_head: bool = False
+    """A head `value` beside the LM head: a critic."""
     teacher_uri: str | None = None
-    """Folder of a frozen model over the same vocabulary, for losses that read a teacher."""
+    """Folder of a frozen model over the same vocabulary, for losses that read a teacher, and to score samples."""
     seed: int = 0
     """Of new heads and adapters."""
 
@@ -46,7 +53,11 @@ def build_policy(
     Raises:
         ModelError: the folder, or a target of the adapters, is not what the backend can load or adapt.
     """
-    heads = {"heads": {"score": 1}, "lm_head": False, "seed": build.seed} if build.score_head else {}
+    heads: dict[str, Any] = {}
+    if build.score_head:
+        heads = {"heads": {NATIVE: 1}, "lm_head": False, "seed": build.seed}
+    elif build.value_head:
+        heads = {"heads": {VALUE: 1}}
     model = backend.load(folder, device=device, dtype=dtype, **heads, **placed)
     if build.lora is not None:
         add_lora(model, build.lora, seed=build.seed)
@@ -56,10 +67,11 @@ def build_policy(
 
 
 def taught_by(teacher: nn.Module) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-    """loss_sum() with the distributions of a frozen teacher on the same batch."""
+    """loss_sum() with the distributions of a frozen teacher on the same batch, for the losses that read them."""
 
     def with_teacher(model: Any, batch: Batch, loss_fn: Loss, *, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        return loss_sum(model, batch, loss_fn, scale=scale, teacher=_teacher(teacher, batch))
+        seen = _teacher(teacher, batch) if loss_fn.reads == "teacher" else None
+        return loss_sum(model, batch, loss_fn, scale=scale, teacher=seen)
 
     return with_teacher
 
@@ -75,6 +87,20 @@ def document_logprobs(model: Any, batch: Batch) -> list[float]:
     weighted = (batch.loss_mask * forward(model, batch).logprobs).double()
     sums = weighted.new_zeros(batch.num_samples).index_add(0, batch.doc_id[batch.loss_idx], weighted)
     return sums.tolist()
+
+
+@torch.no_grad()
+def token_logprobs(model: Any, batch: Batch, *, temperature: float) -> Tensor:
+    """[N] float32, nats: log p of the targets that carry loss, without gradient."""
+    return forward(model, batch, temperature=temperature).logprobs
+
+
+@torch.no_grad()
+def token_values(model: Any, batch: Batch) -> Tensor:
+    """[N] float32: what the model's critic expects before each target that carries loss."""
+    values = forward(model, batch, with_logprobs=False).values
+    assert values is not None, "the model has no value head"
+    return values
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from posttrain.compute.step_timer import StepTimer
 from posttrain.compute.weight_sync import digest
 from posttrain.compute.workers import node_address
 from posttrain.data.batch import collate
-from posttrain.data.types import Pack
+from posttrain.data.types import Batch, Pack
 from posttrain.model.backend import backend_of
 from posttrain.model.decoder import Decoder
 from posttrain.model.export import join_export
@@ -36,9 +36,12 @@ from posttrain.workflow.costs import Costs
 from posttrain.workflow.place import place
 from posttrain.workflow.policy_model import (
     Build,
+    Scores,
     build_policy,
     document_logprobs,
     taught_by,
+    token_logprobs,
+    token_values,
     write_adapter,
 )
 
@@ -121,6 +124,8 @@ class PolicyRank:
         self.reference: nn.Module | None = None
         if self.has_reference and self.build.lora is None:
             self.reference = self._frozen(self.model_uri)
+        self.teacher = None if self.build.teacher_uri is None else self._frozen(self.build.teacher_uri)
+        read = loss_sum if self.teacher is None else taught_by(self.teacher)
         optimizer = adamw(
             model.parameters() if masters is None else masters,
             lr=training.lr,
@@ -139,7 +144,7 @@ class PolicyRank:
             model,
             optimizer,
             ranks=ranks,
-            functions=ModelFunctions(forward=forward, loss_sum=self._loss_sum(), named_weights=self.backend.tensors),
+            functions=ModelFunctions(forward=forward, loss_sum=read, named_weights=self.backend.tensors),
             lr_scale=scale,
             max_grad_norm=training.max_grad_norm,
             masters=masters,
@@ -196,7 +201,7 @@ class PolicyRank:
         timer = StepTimer(self.device)
         faults.point("policy.train_step", self.rank)
         batches = [collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs]
-        if self.has_reference:
+        if self.has_reference and batches and batches[0].ref_logprobs is None:  # else they bring what it said
             batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
         timer.mark("prepare")
         metrics = self.engine.train_step(step, batches, loss, denominator=denominator, repeats=repeats, timer=timer)
@@ -211,6 +216,11 @@ class PolicyRank:
         """Of each pack, the log p of every sample's trained tokens under the current weights, nats."""
         batches = (collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs)
         return [document_logprobs(self.engine.model, batch) for batch in batches]
+
+    def token_scores(self, packs: Sequence[Pack], names: Sequence[str], temperature: float) -> list[Scores]:
+        """Of each pack what `names` say of its trained tokens, before a step; see Policy.token_scores()."""
+        batches = (collate(pack, pack_tokens=self.training.pack_tokens).to(self.device) for pack in packs)
+        return [{name: self._score(name, b, temperature).cpu().numpy() for name in names} for b in batches]
 
     def weights(self, dtype: str) -> dict[str, Tensor]:
         """Weights under Hugging Face names, on the CPU, cast to what the generator wants; none but on rank 0."""
@@ -266,13 +276,16 @@ class PolicyRank:
                 storage.publish(folder, uri, **facts)
         return uri
 
-    def _loss_sum(self) -> Any:
-        uri = self.build.teacher_uri
-        return loss_sum if uri is None else taught_by(self._frozen(uri))
+    def _score(self, name: str, batch: Batch, temperature: float) -> Tensor:
+        if name == "values":
+            return token_values(self.engine.model, batch)
+        if name == "ref_logprobs":
+            return self._ref_logprobs(batch, temperature)
+        assert name == "teacher", f"no rank knows {name!r} of a token"
+        return token_logprobs(self.teacher, batch, temperature=temperature)
 
-    def _ref_logprobs(self, batch: Any, temperature: float) -> Tensor:
+    def _ref_logprobs(self, batch: Batch, temperature: float) -> Tensor:
         if self.reference is None:
             with adapters_off(self.engine.model):
                 return self.engine.logprobs(batch, temperature=temperature)
-        with torch.no_grad():
-            return forward(self.reference, batch, temperature=temperature).logprobs  # pyright: ignore[reportArgumentType]
+        return token_logprobs(self.reference, batch, temperature=temperature)

@@ -75,14 +75,6 @@ class RewardPool:
         for (number, _), child in zip(waiting, started, strict=True):
             self._idle.put_nowait((number, child))
 
-    def close(self) -> None:
-        """End the processes that are idle; the event loop's end does so too, for all."""
-        for _ in range(self._idle.qsize()):
-            number, child = self._idle.get_nowait()
-            if child is not None:
-                child.kill()
-            self._idle.put_nowait((number, None))
-
     async def _start(self, number: int) -> Child:
         return await Child.start(f"reward {number}", self.cls, self.arguments, timeout_s=START_SECONDS)
 

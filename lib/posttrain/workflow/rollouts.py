@@ -1,24 +1,31 @@
-"""Prompts become scored groups: admit, generate, score; a group that fails is dropped, counted and replaced."""
+"""A prompt becomes a scored group of rollouts, or is dropped with a reason: one coroutine a group.
 
-import asyncio
+Who calls decides how many are under way at once, and what becomes of those that are dropped.
+"""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.compute.generator import Completion, Request
-from posttrain.compute.workers import ActorGroup
 from posttrain.data.advantage import overlong_penalty
 from posttrain.data.order import draw
 from posttrain.data.rollout import request_seed
 from posttrain.data.types import Prompt, Rollout, Row
-from posttrain.errors import RewardError
-from posttrain.workflow.clock import Clock
-from posttrain.workflow.ledger import Ledger
-from posttrain.workflow.reward_pool import RewardPool, Scores
+from posttrain.errors import GenerationError, PosttrainError, RewardError
+from posttrain.workflow.generators import Generators
+from posttrain.workflow.reward_pool import RewardPool
 
 Group = list[Rollout]
 
-MAX_SILENT_ROUNDS = 10
-"""Rounds of sampling in a row that may give no group with a signal; a task too easy or too hard stops the run."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """A prompt that gave no group to train on."""
+
+    reason: str
+    """What it is counted under: "reward_error", "generation_error", "no_signal"."""
+    error: PosttrainError | None = None
+    """What failed, if anything did."""
 
 
 class Prompts:
@@ -46,7 +53,6 @@ class Sampling:
     seed: int
     temperature: float
     max_new_tokens: int
-    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,105 +66,80 @@ class Shaping:
     arXiv:2503.14476, eq. 11."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many groups of a run may be dropped for one reason."""
+
+    most: int
+    what: str
+    """In words: "a failed reward"."""
+    key: str
+    """The config key that says `most`."""
+
+    def check(self, count: int, dropped: Dropped) -> None:
+        """Raise an error of the kind that dropped the last group if `count` are too many."""
+        if count > self.most and dropped.error is not None:
+            text = f"{count} groups dropped for {self.what}, {self.key} is {self.most}; the last: {dropped.error}"
+            raise type(dropped.error)(text)
+
+
 class RolloutMaker:
-    """Turns draws into scored groups on the generators.
+    """Turns prompts into scored groups on the generators.
 
     Args:
         decode: token ids -> text for the reward.
-        max_reward_failures: groups that may be dropped in the whole run; one more stops it.
+        limits: reason -> how many groups a run may drop for it; for reasons that are not named any number.
     """
 
     def __init__(
         self,
-        generators: ActorGroup,
+        generators: Generators,
         rewards: RewardPool,
         *,
         decode: Callable[[Sequence[int]], str],
         sampling: Sampling,
-        max_reward_failures: int,
+        limits: dict[str, Limit],
         shaping: Shaping = Shaping(),
     ):
         self.generators, self.rewards, self.decode = generators, rewards, decode
-        self.sampling, self.max_reward_failures, self.shaping = sampling, max_reward_failures, shaping
+        self.sampling, self.limits, self.shaping = sampling, limits, shaping
 
-    async def collect(
-        self, prompts: Prompts, ledger: Ledger, clock: Clock, *, groups: int, group_size: int
-    ) -> list[Group]:
-        """`groups` scored groups, in draw order; seconds go to the phases "generate" and "reward".
+    async def make(
+        self,
+        prompt: Prompt,
+        group_size: int,
+        *,
+        temperature: float | None = None,
+        began: Callable[[], None] = lambda: None,
+    ) -> Group | Dropped:
+        """Sample `group_size` completions, and score them together.
+
+        Args:
+            temperature: in place of the run's.
+            began: called when the requests leave for a generator.
 
         Raises:
-            RewardError: more groups failed than the budget allows, which names the last cause; or no group had
-                different rewards in MAX_SILENT_ROUNDS rounds, where those are replaced.
+            ComputeError: a generator hung, or died and may not be replaced.
         """
-        scored: list[Group] = []
-        silent_rounds = 0
-        while len(scored) < groups:
-            admitted = [prompts[ledger.draw()] for _ in range(groups - len(scored))]
-            with clock.phase("generate"):
-                made = await self.sample(admitted, samples=group_size, temperature=self.sampling.temperature)
-            with clock.phase("reward"):
-                found = self._shaped(await self.score(made, ledger), ledger)
-            scored += found
-            silent_rounds = 0 if found else silent_rounds + 1
-            if silent_rounds == MAX_SILENT_ROUNDS and self.shaping.replace_silent:
-                raise RewardError(
-                    f"method.replace_silent: {MAX_SILENT_ROUNDS} rounds of sampling in a row, the last of "
-                    f"{len(admitted)} prompts, gave no group with different rewards: the task is too easy, too hard, "
-                    "or the reward does not vary. Fix: other prompts, a larger method.group_size, or replace_silent off"
-                )
-        return scored
+        temperature = self.sampling.temperature if temperature is None else temperature
+        try:
+            requests = [self._request(prompt, sample, temperature) for sample in range(group_size)]
+            completions = await self.generators.generate(requests, began)
+            group = [self._rollout(prompt, sample, completion) for sample, completion in enumerate(completions)]
+            scores = await self.rewards.score(prompt.row, [rollout.text for rollout in group])
+        except GenerationError as error:
+            return _dropped(prompt, "generation_error", error)
+        except RewardError as error:
+            return _dropped(prompt, "reward_error", error)
+        return self._shaped([replace(r, reward=x, parts=parts) for r, (x, parts) in zip(group, scores, strict=True)])
 
-    def _shaped(self, groups: list[Group], ledger: Ledger) -> list[Group]:
-        """The groups with the cost of their length, without those that teach nothing."""
+    def _shaped(self, group: Group) -> Group | Dropped:
+        """The group with the cost of its length, if it teaches anything."""
         buffer, longest = self.shaping.overlong_tokens, self.sampling.max_new_tokens
         if buffer is not None:
-            groups = [[_with_length_cost(r, max_tokens=longest, buffer=buffer) for r in group] for group in groups]
-        if not self.shaping.replace_silent:
-            return groups
-        kept = [group for group in groups if len({rollout.reward for rollout in group}) > 1]
-        for _ in range(len(groups) - len(kept)):
-            ledger.drop("no_signal")
-        return kept
-
-    async def sample(self, prompts: Sequence[Prompt], *, samples: int, temperature: float) -> list[Group]:
-        """Unscored groups of `samples` completions a prompt, spread over the generators by prompt."""
-        shares = [prompts[i :: len(self.generators)] for i in range(len(self.generators))]
-        calls = [(([self._request(p, s, temperature) for p in share for s in range(samples)],), {}) for share in shares]
-        answers = await self.generators.call_each("generate", calls, timeout_s=self.sampling.timeout_s)
-        groups: dict[int, Group] = {}
-        for share, completions in zip(shares, answers, strict=True):
-            for i, prompt in enumerate(share):
-                made = completions[i * samples : (i + 1) * samples]
-                groups[prompt.uid] = [self._rollout(prompt, s, c) for s, c in enumerate(made)]
-        return [groups[prompt.uid] for prompt in prompts]
-
-    async def score(self, groups: Sequence[Group], ledger: Ledger) -> list[Group]:
-        """The groups with their rewards; one whose reward fails is left out and counted in `ledger`.
-
-        Raises:
-            RewardError: more groups failed than the budget allows; names the last cause.
-        """
-        scored: list[Group] = []
-        found = await asyncio.gather(*(self._scores(group) for group in groups))
-        for group, scores in zip(groups, found, strict=True):  # in draw order, whatever was scored first
-            if isinstance(scores, RewardError):
-                prompt, error = group[0].prompt, scores
-                failures = ledger.drop("reward_error")
-                if failures > self.max_reward_failures:
-                    raise RewardError(
-                        f"{failures} groups dropped for a failed reward, reward.max_failures is "
-                        f"{self.max_reward_failures}; the last: {error}"
-                    ) from None
-                print(f"dropped prompt {prompt.uid}: {error}", flush=True)
-                continue
-            scored.append([replace(r, reward=x, parts=parts) for r, (x, parts) in zip(group, scores, strict=True)])
-        return scored
-
-    async def _scores(self, group: Group) -> Scores | RewardError:
-        try:
-            return await self.rewards.score(group[0].prompt.row, [rollout.text for rollout in group])
-        except RewardError as error:
-            return error
+            group = [_with_length_cost(rollout, max_tokens=longest, buffer=buffer) for rollout in group]
+        silent = len({rollout.reward for rollout in group}) == 1
+        return Dropped(reason="no_signal") if silent and self.shaping.replace_silent else group
 
     def _request(self, prompt: Prompt, sample: int, temperature: float) -> Request:
         return Request(
@@ -178,6 +159,11 @@ class RolloutMaker:
             finish_reason=completion.finish_reason,
             text=self.decode(completion.token_ids),
         )
+
+
+def _dropped(prompt: Prompt, reason: str, error: PosttrainError) -> Dropped:
+    print(f"dropped prompt {prompt.uid}: {error}", flush=True)
+    return Dropped(reason=reason, error=error)
 
 
 def _with_length_cost(rollout: Rollout, *, max_tokens: int, buffer: int) -> Rollout:

@@ -10,6 +10,7 @@ from posttrain.data import token_files
 from posttrain.data.sample import shift
 from posttrain.data.source import Source
 from posttrain.data.token_files import (
+    TAUGHT,
     TokenUnits,
     UnitsFile,
     block_units,
@@ -96,3 +97,35 @@ def test_fields_of_every_document_come_back(tmp_path):
     source = Source([str(tmp_path / "units.parquet")], key="data.sources[0]")
     (first, a), (second, b) = block_units(source, 0)
     assert (a, b) == (7, None) and first[1].fields["ref_logprob"] == -1 and len(second) == 1
+
+
+def taught(documents, *, k):
+    """The same documents with k numbers for each of their trained tokens."""
+    rng = np.random.default_rng(0)
+    shapes = [(int(np.count_nonzero(sample.loss_mask)), k) for sample in documents]
+    return tuple(
+        replace(
+            sample,
+            teacher_ids=rng.integers(0, 50, shape, dtype=np.int32),
+            teacher_logprobs=rng.normal(size=shape).astype(np.float32),
+        )
+        for sample, shape in zip(documents, shapes, strict=True)
+    )
+
+
+def test_what_a_teacher_said_comes_back_with_each_document_in_groups_of_as_many_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "GROUP_TOKENS", 200)
+    units = [taught(each, k=6) for each in UNITS[:60]]
+    write_units(((each, None) for each in units), tmp_path / "taught.parquet", schema=TAUGHT)
+    write_units(((each, None) for each in UNITS[:60]), tmp_path / "plain.parquet")
+    source = Source(str(tmp_path / "taught.parquet"), key="data.sources[0]")
+    blocks = [unit for block in range(len(source.block_rows)) for unit, _ in block_units(source, block)]
+    drawn = [unit for (unit,) in TokenUnits(source, seed=1, number=0).units(np.arange(60))]  # pyright: ignore
+    for found in (read_units(tmp_path / "taught.parquet"), blocks, sorted(drawn, key=lambda u: u[0].input_ids[0])):
+        for one, other in zip(found, units, strict=True):
+            assert_equal(one, other)
+            for name in ("teacher_ids", "teacher_logprobs"):
+                for mine, theirs in zip(one, other, strict=True):
+                    np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
+    plain = Source(str(tmp_path / "plain.parquet"), key="data.sources[0]")
+    assert len(source.block_rows) > 3 * len(plain.block_rows)

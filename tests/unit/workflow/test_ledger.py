@@ -39,7 +39,23 @@ def test_what_a_stream_hands_out_balances_between_steps():
         "drawn": 8,
         "trained": 5,
         "dropped": {"too_long": 2, "no_turn": 1},
+        "open": {},
     }
+
+
+def test_the_state_says_how_far_every_open_draw_is_and_a_restore_draws_them_again():
+    ledger = Ledger()
+    for _ in range(5):
+        ledger.draw()
+    ledger.move(0, "scored")
+    ledger.move(2, "in_flight")
+    ledger.move(4, "in_flight")
+    ledger.drop("no_signal", 1)
+    ledger.commit([one_pack(1, 2)], draws=[0])
+    state = json.loads(json.dumps(ledger.state()))
+    assert state["open"] == {"in_flight": [2, 4], "queued": [3]}
+    assert (state["drawn"], state["trained"], state["dropped"]) == (5, 1, {"no_signal": 1})
+    assert Ledger(state).draw() == 2
 
 
 def test_a_stream_that_forgets_a_drop_is_noticed():

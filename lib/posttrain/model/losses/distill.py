@@ -29,6 +29,7 @@ class TopKDistillLoss:
 
     - forward_kl: KL(p || q) = sum p (log p - log q), which covers the teacher.
     - reverse_kl: KL(q || p) = sum q (log q - log p), which seeks its mode.
+    - jsd: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, as DivergenceLoss has it.
 
     With the bucket this never exceeds the divergence over the whole vocabulary (data processing inequality)
     and holds the student's mass outside the top k down. Without it, p and q are renormalised over the k
@@ -36,7 +37,8 @@ class TopKDistillLoss:
     """
 
     reads: ClassVar[Reads] = "tokens"
-    kind: Literal["forward_kl", "reverse_kl"]
+    kind: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: float = 0.5
     tail: bool = True
     temperature: float = 1.0
 
@@ -48,9 +50,18 @@ class TopKDistillLoss:
             "teacher_mass": (weights * teacher.exp().sum(-1)).sum(),
             "student_mass": (weights * student.detach().exp().sum(-1)).sum(),
         }
-        student, teacher = self._complete(student), self._complete(teacher)
-        p, q = (teacher, student) if self.kind == "forward_kl" else (student, teacher)
-        return (weights * (p.exp() * (p - q)).sum(-1)).sum(), metrics
+        return (weights * self._divergence(self._complete(student), self._complete(teacher))).sum(), metrics
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """[N] nats, of log probabilities [N, K+1]."""
+        match self.kind:
+            case "forward_kl":
+                return _kl(teacher, student)
+            case "reverse_kl":
+                return _kl(student, teacher)
+            case "jsd":
+                mixture = torch.logaddexp(teacher + math.log(self.beta), student + math.log1p(-self.beta))
+                return self.beta * _kl(teacher, mixture) + (1 - self.beta) * _kl(student, mixture)
 
     def _complete(self, logprobs: Tensor) -> Tensor:
         """[N, K] -> [N, K+1] with the log of the mass outside the top k, or [N, K] renormalised; nats."""
@@ -112,6 +123,11 @@ class DivergenceLoss:
             case _:
                 divergence, gradient = _jsd(student, teacher, self.beta)
         return divergence, gradient.div_(self.temperature)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """[N] KL(p || q) of log probabilities [N, K]."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _logprobs(logits: Tensor, temperature: float) -> Tensor:

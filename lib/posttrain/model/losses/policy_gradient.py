@@ -54,13 +54,23 @@ class TruncatedLoss(PolicyGradient):
     importance_cap: float = 2.0
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        importance = _gap(output, batch).detach().exp()
-        assert batch.advantages is not None
-        # 1 in value, and the gradient of log p: the sum then reads as the objective that it estimates.
-        ratio = (output.logprobs - output.logprobs.detach()).exp()
-        terms = importance.clamp(max=self.importance_cap) * ratio * batch.advantages
-        loss, metrics = self.finish(-(batch.loss_mask * terms).sum(), output, batch)
-        return loss, metrics | {"importance_clipped": (batch.loss_mask * (importance > self.importance_cap)).sum()}
+        return _truncated(self, _gap(output, batch).detach().exp(), output, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceTruncatedLoss(PolicyGradient):
+    """TruncatedLoss with one weight a sequence, min(prod_t r_t, importance_cap): the importance of the completion as a
+    whole, without the bias that a weight a token has, at a larger variance (TRL's sequence_truncate).
+
+    The product is over the tokens that carry loss, each once, whatever their weights.
+    """
+
+    reads: ClassVar[Reads] = "sequences"
+    importance_cap: float = 2.0
+
+    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        documents, sums, _ = _by_sequence(_gap(output, batch).detach(), batch)
+        return _truncated(self, sums[documents].exp(), output, batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +97,12 @@ class SequenceLoss(PolicyGradient):
     than a token's: the paper takes 3e-4 and 4e-4.
     """
 
-    reads: ClassVar[Reads] = "documents"
+    reads: ClassVar[Reads] = "sequences"
     low: float = 3e-4
     high: float = 4e-4
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        documents = batch.doc_id[batch.loss_idx]
-        gap = _gap(output, batch)
-        sums = gap.new_zeros(len(batch.cu_seqlens)).index_add(0, documents, gap)
-        counts = gap.new_zeros(len(batch.cu_seqlens)).index_add(0, documents, torch.ones_like(gap))
+        documents, sums, counts = _by_sequence(_gap(output, batch), batch)
         return _clipped(self, (sums / counts.clamp(min=1))[documents].exp(), output, batch)
 
 
@@ -120,6 +127,24 @@ def _gap(output: Output, batch: Batch) -> Tensor:
     """[N] log of the trainer's over the sampler's probability of each token."""
     assert batch.advantages is not None and batch.sampler_logprobs is not None, "policy gradients read rollouts"
     return output.logprobs - batch.sampler_logprobs
+
+
+def _by_sequence(rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """[N] document of each row; sums of `rows` and counts of them, by document."""
+    documents = batch.doc_id[batch.loss_idx]
+    zeros = rows.new_zeros(len(batch.cu_seqlens))
+    return documents, zeros.index_add(0, documents, rows), zeros.index_add(0, documents, torch.ones_like(rows))
+
+
+def _truncated(
+    loss: TruncatedLoss | SequenceTruncatedLoss, importance: Tensor, output: Output, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    assert batch.advantages is not None
+    # 1 in value, and the gradient of log p: the sum then reads as the objective that it estimates.
+    ratio = (output.logprobs - output.logprobs.detach()).exp()
+    terms = importance.clamp(max=loss.importance_cap) * ratio * batch.advantages
+    total, metrics = loss.finish(-(batch.loss_mask * terms).sum(), output, batch)
+    return total, metrics | {"importance_clipped": (batch.loss_mask * (importance > loss.importance_cap)).sum()}
 
 
 def _clipped(

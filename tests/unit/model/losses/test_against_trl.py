@@ -23,8 +23,9 @@ from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from posttrain.data.batch import collate
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
+from posttrain.model.losses import count
 from posttrain.model.losses.dpo import DPOLoss
-from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, TruncatedLoss
+from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, SequenceTruncatedLoss, TruncatedLoss
 from posttrain.model.losses.reward import BradleyTerryLoss
 from posttrain.model.output import Output
 
@@ -311,6 +312,31 @@ def test_clipped_and_sequence_equal_the_grpo_trainer_of_trl(tmp_path, kl_coef, l
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert_same_gradients(model, ours, theirs)
     assert metrics["ratio_clipped"] > 0, "the case must reach the bounds"
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+def test_truncated_by_sequence_equals_the_grpo_trainer_of_trl(tmp_path, kl_coef: float):
+    model = model_of(Qwen3ForCausalLM, 0)
+    trainer = grpo_trainer(model, tmp_path, loss_type="dapo", kl_coef=kl_coef)
+    made = Rollouts(model, 0.8)
+    trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
+    gap = made.by_row(made.ours.detach() - made.sampler)
+    # What TRL makes when it samples with vllm_importance_sampling_mode = "sequence_truncate".
+    ratio = gap.sum(-1, keepdim=True).exp().clamp(max=1.5)
+    theirs = trainer._compute_loss(trainer.model, made.inputs() | {"importance_sampling_ratio": ratio})
+    loss_fn = SequenceTruncatedLoss(temperature=1.0, importance_cap=1.5, kl_coef=kl_coef)
+    batch = made.batch(reference=bool(kl_coef))
+    loss, metrics = loss_fn(output_of(made.ours), batch)
+    torch.testing.assert_close(loss / made.tokens, theirs, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(model, loss / made.tokens, theirs)
+    clipped = sum(n for n, r in zip(made.lengths, ratio.squeeze(-1).tolist(), strict=True) if r == 1.5)
+    assert metrics["importance_clipped"] == clipped and 0 < clipped < made.tokens
+
+
+@pytest.mark.parametrize("kind", [SequenceTruncatedLoss, SequenceLoss])
+def test_losses_with_a_ratio_a_sequence_are_counted_by_token(kind):
+    samples = tuple(shift([5] * (n + 1), [0.0] + [1.0] * n) for n in (4, 2))
+    assert count(kind(temperature=1.0), [Pack(samples=samples, num_units=2)]) == 6
 
 
 def test_truncated_equals_trls_cispo(tmp_path):

@@ -14,7 +14,7 @@ from loss_batch import loss_batch
 from posttrain.model.losses.distill import DivergenceLoss, TopKDistillLoss
 from posttrain.model.output import Output
 
-DIRECTIONS: tuple[Literal["forward_kl", "reverse_kl"], ...] = ("forward_kl", "reverse_kl")
+DIRECTIONS: tuple[Literal["forward_kl", "reverse_kl", "jsd"], ...] = ("forward_kl", "reverse_kl", "jsd")
 KINDS = [
     ("forward_kl", 0.5),
     ("reverse_kl", 0.5),
@@ -79,6 +79,16 @@ def test_top_k_divergence_and_its_gradient_equal_the_formula(kind, tail: bool):
     )
     assert metrics["teacher_mass"].item() == pytest.approx((mask * known.exp().sum(-1)).sum().item())
     assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_top_k_mixes_as_the_formula_says(beta: float):
+    student, ids, known = top_k_logprobs()
+    loss_fn = TopKDistillLoss(kind="jsd", beta=beta, tail=False)
+    mine, theirs = (torch.log_softmax(each, -1) for each in (student.gather(-1, ids), known))
+    torch.testing.assert_close(
+        top_k_loss(loss_fn, student.gather(-1, ids), known), divergence("jsd", beta, mine, theirs).sum()
+    )
 
 
 @pytest.mark.parametrize("kind", DIRECTIONS)
