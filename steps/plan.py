@@ -70,6 +70,8 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
 def _check_plugins(config: RunConfig) -> list[str]:
     scored_by = config.reward.function if config.reward else None
     plugins = [("reward.function", path) for path in ([scored_by] if isinstance(scored_by, str) else scored_by or ())]
+    if config.rollout.environment:
+        plugins.append(("rollout.environment", config.rollout.environment))
     if ":" in config.rollout.generator:
         plugins.append(("rollout.generator", config.rollout.generator))
     if config.tracking.custom:

@@ -10,6 +10,7 @@ from posttrain.config_method import GRPO
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
+from posttrain.workflow.environments import Environments
 from posttrain.workflow.generators import Generators
 from posttrain.workflow.reward_pool import RewardPool
 from posttrain.workflow.rollouts import Limit, Prompts, RolloutMaker, Sampling, Shaping
@@ -43,8 +44,9 @@ async def rollout_parts(
     )
     judge = None if config.reward.model is None else locate(config.reward.model, config)
     limits = {"timeout_s": config.reward.timeout_s, "workers": config.reward.workers}
-    rewards = RewardPool(config.reward.function, model=judge, **limits)
-    await rewards.ready()
+    rewards = RewardPool(config.reward.function, model=judge, **limits) if config.reward.function or judge else None
+    if rewards is not None:
+        await rewards.ready()
     maker = RolloutMaker(
         generators,
         rewards,
@@ -56,14 +58,28 @@ async def rollout_parts(
         ),
         limits={
             "reward_error": Limit(config.reward.max_failures, "a failed reward", "reward.max_failures"),
+            "environment_error": Limit(config.reward.max_failures, "a failed environment", "reward.max_failures"),
             "generation_error": Limit(config.rollout.max_failures, "a failed generator", "rollout.max_failures"),
         },
         shaping=_shaping(config),
+        environments=_environments(config, tokenizer),
     )
     folder = storage.fetch(tokens_uri)
     names = prompt_sets(config)
     sets = {name: Prompts(*read_prompts(folder / f"{name}.parquet"), seed=config.seed) for name in names}
     return RolloutParts(generators=generators, maker=maker, sets=sets)
+
+
+def _environments(config: RunConfig, tokenizer: BaseHFModelTokenizer) -> Environments | None:
+    plan = config.rollout
+    if plan.environment is None:
+        return None
+    limits = {
+        "turn_s": plan.turn_s,
+        "episode_s": plan.episode_s,
+        "workers": config.reward.workers if config.reward else 1,
+    }
+    return Environments(plan.environment, tokenizer=tokenizer, **limits)
 
 
 def _shaping(config: RunConfig) -> Shaping:

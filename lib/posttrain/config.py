@@ -77,6 +77,12 @@ class Rollout(Section):
 
     generator: Literal["transformers"] | Plugin = "transformers"
     """The embedded engine, or your own class."""
+    environment: Plugin | None = None
+    """Your own class with `async def rollout(row, talk)`: episodes of several turns, in the place of one completion."""
+    turn_s: float = Field(default=30, gt=0)
+    """Deadline of the environment for its part of one turn, seconds."""
+    episode_s: float = Field(default=300, gt=0)
+    """And for its part of a whole episode."""
     prompts_per_step: int = Field(default=64, ge=1)
     """Groups in one optimizer step."""
     temperature: float = Field(default=1.0, gt=0)
@@ -114,16 +120,16 @@ class Reward(Section):
     timeout_s: float = Field(default=10, gt=0)
     """Deadline for one group, seconds; then its process is killed."""
     workers: int = Field(default=2, ge=1)
-    """Processes that score, each one group at a time, where the run was started; each holds a copy of `model`."""
+    """Processes that score, each one group at a time, where the run was started; each holds a copy of `model`. As many
+    hold rollout.environment."""
     max_failures: int = Field(default=20, ge=0)
-    """Groups that training may drop because their reward failed, and rows that an evaluation may leave out; one
-    more stops the run."""
+    """Groups that training may drop because their reward failed, as many because their environment did, and rows that
+    an evaluation may leave out; one more stops the run."""
 
     @model_validator(mode="after")
     def one_judge(self):
-        if (self.function is None) == (self.model is None):
-            state = "both are" if self.model else "neither is"
-            raise ValueError(f"set exactly one of function and model ({state} set); null drops one that the base has")
+        if self.function is not None and self.model is not None:
+            raise ValueError("set exactly one of function and model (both are set); null drops one that the base has")
         if isinstance(self.function, dict) and not any(self.function.values()):
             raise ValueError("function: no weight is other than zero; give one of the functions a weight")
         return self
@@ -223,6 +229,8 @@ class RunConfig(Section):
         if self.reward is None and self.samples_completions:
             who = "method grpo" if name == "grpo" else "eval.prompts"
             problems.append(f"reward: required, and not set; {who} has completions scored: set reward.function")
+        if self.reward and not (self.reward.function or self.reward.model or self.rollout.environment):
+            problems.append("reward: set exactly one of function and model (neither is set)")
         if name == "grpo" and self.data.prompts is None:
             problems.append("data.prompts: required, and not set; method grpo trains on the answers to them")
         if name != "grpo" and not self.data.sources:

@@ -68,6 +68,11 @@ class Child:
             raise
         return child
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still answers calls."""
+        return not self._reader.done() and not self._reader.cancelling()
+
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method with plain values; several calls may wait at once, where the methods are coroutines.
 
