@@ -71,15 +71,11 @@ async def rollout_parts(
 
 
 def _environments(config: RunConfig, tokenizer: BaseHFModelTokenizer) -> Environments | None:
-    plan = config.rollout
-    if plan.environment is None:
+    assert config.reward is not None, "as above"
+    if config.rollout.environment is None:
         return None
-    limits = {
-        "turn_s": plan.turn_s,
-        "episode_s": plan.episode_s,
-        "workers": config.reward.workers if config.reward else 1,
-    }
-    return Environments(plan.environment, tokenizer=tokenizer, **limits)
+    limits = {"turn_s": config.reward.timeout_s, "workers": config.reward.workers}
+    return Environments(config.rollout.environment, tokenizer=tokenizer, **limits)
 
 
 def _shaping(config: RunConfig) -> Shaping:

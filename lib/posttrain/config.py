@@ -79,10 +79,6 @@ class Rollout(Section):
     """The embedded engine, or your own class."""
     environment: Plugin | None = None
     """Your own class with `async def rollout(row, talk)`: episodes of several turns, in the place of one completion."""
-    turn_s: float = Field(default=30, gt=0)
-    """Deadline of the environment for its part of one turn, seconds."""
-    episode_s: float = Field(default=300, gt=0)
-    """And for its part of a whole episode."""
     prompts_per_step: int = Field(default=64, ge=1)
     """Groups in one optimizer step."""
     temperature: float = Field(default=1.0, gt=0)
@@ -118,7 +114,8 @@ class Reward(Section):
     """A folder with the head `score`, as the recipe reward exports it (local or s3://), or run:RewardFlow/ID; it reads
     the row's messages and the completion, on a CPU."""
     timeout_s: float = Field(default=10, gt=0)
-    """Deadline for one group, seconds; then its process is killed."""
+    """Deadline for one group, and for the environment's part of one turn (ten times as long for a whole episode),
+    seconds; then its process is killed."""
     workers: int = Field(default=2, ge=1)
     """Processes that score, each one group at a time, where the run was started; each holds a copy of `model`. As many
     hold rollout.environment."""
@@ -230,7 +227,7 @@ class RunConfig(Section):
             who = "method grpo" if name == "grpo" else "eval.prompts"
             problems.append(f"reward: required, and not set; {who} has completions scored: set reward.function")
         if self.reward and not (self.reward.function or self.reward.model or self.rollout.environment):
-            problems.append("reward: set exactly one of function and model (neither is set)")
+            problems.append("reward.function: required, and not set; or set reward.model, or rollout.environment")
         if name == "grpo" and self.data.prompts is None:
             problems.append("data.prompts: required, and not set; method grpo trains on the answers to them")
         if name != "grpo" and not self.data.sources:

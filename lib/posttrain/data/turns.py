@@ -33,7 +33,7 @@ class TurnTokens:
         end = closed.rfind(self.stop) + len(self.stop)
         if end < len(self.stop) or not whole.startswith(closed[:end]):
             raise DataError("the chat template writes a turn otherwise once others follow; environments need another")
-        ids = self.tokenizer.hf.encode(self.stop + whole[end:], add_special_tokens=False)
-        if ids[0] != self.tokenizer.stop_id:
+        stop, *ids = self.tokenizer.hf.encode(self.stop + whole[end:], add_special_tokens=False)
+        if stop != self.tokenizer.stop_id:
             raise DataError(f"{self.stop!r} is not one token before other text; environments need another tokenizer")
-        return tuple(ids[1:])
+        return tuple(ids)

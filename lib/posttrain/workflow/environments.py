@@ -24,6 +24,8 @@ from posttrain.errors import ComputeError, DataError, EpisodeError
 
 START_SECONDS = 120
 PING_SECONDS = 5.0
+EPISODE_TURNS = 10
+"""Deadlines of a turn that an environment may spend on one episode."""
 HOST = "posttrain.data.environment:EnvironmentHost"
 
 Generate = Callable[[Sequence[Request]], Awaitable[list[Completion]]]
@@ -68,16 +70,13 @@ class Environments:
 
     Args:
         environment: import path of an Environment.
-        turn_s: for an environment to go on after a turn of the policy.
-        episode_s: for all its turns of one episode together.
+        turn_s: for an environment to go on after a turn of the policy; of an episode it may take EPISODE_TURNS times that.
         workers: processes; each holds many episodes.
     """
 
-    def __init__(
-        self, environment: str, *, tokenizer: BaseHFModelTokenizer, turn_s: float, episode_s: float, workers: int = 1
-    ):
+    def __init__(self, environment: str, *, tokenizer: BaseHFModelTokenizer, turn_s: float, workers: int = 1):
         self.environment, self.tokenizer, self.tokens = environment, tokenizer, TurnTokens(tokenizer)
-        self.turn_s, self.episode_s = turn_s, episode_s
+        self.turn_s, self.episode_s = turn_s, EPISODE_TURNS * turn_s
         self._children: list[asyncio.Task[Child] | None] = [None] * workers
         self._alone = asyncio.Semaphore(workers)
 

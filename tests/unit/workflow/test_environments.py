@@ -49,7 +49,7 @@ def play(tokenizer, environment, prompts, *, generate=None, samples=2, room=ROOM
     generate = generate or Scripted(tokenizer, "5")
 
     async def run():
-        limits = {"turn_s": 20.0, "episode_s": 60.0} | options
+        limits = {"turn_s": 20.0} | options
         environments = Environments(environment, tokenizer=tokenizer, **limits)
 
         def one(prompt):
