@@ -70,7 +70,7 @@ class Environments:
 
     Args:
         environment: import path of an Environment.
-        turn_s: for an environment to go on after a turn of the policy; of an episode it may take EPISODE_TURNS times that.
+        turn_s: for an environment to go on after a turn of the policy; EPISODE_TURNS times that for an episode.
         workers: processes; each holds many episodes.
     """
 
