@@ -1,10 +1,10 @@
 """Do the recipes on rows learn their tiny tasks? Three seeds of every flow, the trained model beside the untrained.
 
 The baseline of each run is the model that its recipe started from (of DPO and of the reward model that after the
-warm-up), on the same held-out rows with the same sampling noise. Prints one JSON line a run and writes
-benchmarks/results/recipes_learning.json.
+warm-up), on the same held-out rows with the same sampling noise. Prints one JSON line a run and, at the end, the table
+of docs/recipes.md; writes benchmarks/results/recipes_learning.json.
 
-    python benchmarks/recipes_learning.py [--seeds 0 1 2] [--recipes sft dpo reward distill]
+    python benchmarks/recipes_learning.py [--seeds 0 1 2] [--recipes sft dpo reward distill] [--out FILE]
 """
 
 import argparse
@@ -45,10 +45,23 @@ def run(recipe: str, seed: int, folder: str) -> dict[str, Any]:
     return found | {"seconds": round(seconds), "measures": rows}
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a line a recipe, a column a seed."""
+    seeds = [row["seed"] for row in results[0]["seeds"]]
+    head = ["recipe", "measure", "before", *(f"after, seed {seed}" for seed in seeds), "seconds a flow"]
+    lines = [head, ["---"] * len(head)]
+    for found in results:
+        rows, measure = found["seeds"], found["unit"].split()[0]
+        before, after = f"{found['baseline']:.2f}", [f"{row['ours']:.2f}" for row in rows]
+        lines.append([rows[0]["recipe"], measure, before, *after, f"{fmean(row['seconds'] for row in rows):.0f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=FLOWS, default=list(FLOWS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -73,8 +86,8 @@ def main() -> None:
                     "seeds": rows,
                 }
             )
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from posttrain import storage
 from posttrain.config import DPO, RunConfig
 from posttrain.workflow.policy import Policy
 from posttrain.workflow.reference import score_file, score_source
-from steps.streams import HELD_OUT_UNITS, RESERVED, store_sources, stored_sources
+from steps.streams import HELD_OUT_SLICES, HELD_OUT_UNITS, RESERVED, store_sources, stored_sources
 
 FOLDER = "annotated"
 """Below `tokens`, of a run that has one; its training reads this in place of `all`."""
@@ -40,6 +40,8 @@ async def annotate(config: RunConfig, policy: Policy, *, root: str, tokens_uri: 
     def write(folder: Path) -> None:
         store_sources(sources, folder)
         shutil.copyfile(tokens / RESERVED, folder / RESERVED)
+        if config.eval.slice_by is not None:
+            shutil.copyfile(tokens / HELD_OUT_SLICES, folder / HELD_OUT_SLICES)
         shutil.copyfile(storage.fetch(held_out_uri) / "units.parquet", folder / HELD_OUT_UNITS)
 
     storage.ensure_folder(uri, write)

@@ -10,12 +10,14 @@ from posttrain.config import RunConfig
 from posttrain.errors import SyncError
 from posttrain.model.backend import backend_of
 from posttrain.workflow.evaluate import Evaluator
-from posttrain.workflow.measures import check_gate, perplexity
+from posttrain.workflow.lm_eval_tasks import run_lm_eval
+from posttrain.workflow.measure_rows import measure_rows
+from posttrain.workflow.measures import check_gate, in_order
 from posttrain.workflow.policy import Policy
 from steps.hardware import Hardware, hardware
-from steps.recipes import asked_set, build_of, measures_of, training_of
+from steps.recipes import asked_set, build_of, has_passes, measures_of, training_of
 from steps.sampling import RolloutParts, rollout_parts
-from steps.train import held_out_packs
+from steps.streams import held_out_slices, held_out_units
 
 
 def evaluate(
@@ -35,14 +37,18 @@ def evaluate(
 
     Returns:
         name -> of an offline recipe its measures on data.held_out; where questions are asked, greedy, sampled and
-        best-of-k reward, mean length and example rows.
+        best-of-k reward, pass@k, mean length and example rows; with eval.slice_by both for every slice.
 
     Raises:
+        DataError: a task of lm-eval could not be run.
         GateError: a measure of the last model is worse than eval.gate allows.
     """
     resources = hardware(config.parallel)
     with ray_cluster(Gang(), **resources.cluster):
         found = asyncio.run(_evaluate(config, tokens_uri, models, (rows_uri or tokens_uri, teacher_uri), resources))
+    if config.eval.lm_eval:  # the actors are gone: a GPU of theirs is free
+        for name, uri in models.items():
+            found[name]["lm_eval"] = run_lm_eval(str(storage.fetch(uri)), config.eval.lm_eval)
     check_gate(found, config.eval.gate, before=next(iter(models)), after=list(models)[-1])
     return found
 
@@ -50,27 +56,28 @@ def evaluate(
 async def _evaluate(config, tokens_uri, models, measured_with, resources) -> dict[str, dict[str, Any]]:
     rows_uri, teacher_uri = measured_with
     results: dict[str, dict[str, Any]] = {name: {} for name in models}
-    rows_uri, teacher_uri = measured_with
     if config.method.name != "grpo":
         for name, uri in models.items():
             results[name] |= await _measure(config, uri, rows_uri, teacher_uri, resources)
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in results[name].items() if key != "rows")
+            shown = ", ".join(f"{key} {results[name][key]:.4f}" for key in in_order(results[name]))
             print(f"{name}: {shown}", flush=True)
     if not config.samples_completions:
         return results
     first = next(iter(models.values()))
     parts = await rollout_parts(config, model_uri=first, tokens_uri=tokens_uri, resources=resources)
+    slice_by = config.eval.slice_by if config.method.name == "grpo" else None  # a column of data.held_out
     evaluator = Evaluator(parts.maker, parts.sets[asked_set(config)])
     for version, (name, uri) in enumerate(models.items()):
         await _send(parts, uri, version, backend=config.model.backend)
-        results[name] |= await evaluator.full(samples=config.eval.samples)
+        asked = await evaluator.full(samples=config.eval.samples, passes=has_passes(config), slice_by=slice_by)
+        results[name] |= asked
         print(f"{name}: greedy {results[name]['greedy_reward']}, sampled {results[name]['sampled_reward']}", flush=True)
     return results
 
 
 async def _measure(
     config: RunConfig, uri: str, rows_uri: str, teacher_uri: str | None, resources: Hardware
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The recipe's own measures of one model on data.held_out."""
     policy = await Policy.launch(
         sizes=resources.sizes_on_one_node,
@@ -82,13 +89,8 @@ async def _measure(
         pool=resources.policy,
         build=build_of(config, teacher_uri, trains=False),
     )
-    packs = held_out_packs(config, rows_uri)
-    found: dict[str, float] = {"rows": sum(pack.num_units for pack in packs)}
-    for loss, names in measures_of(config):
-        metrics = await policy.evaluate(packs, loss)
-        found |= {name: round(metrics[metric], 4) for metric, name in names.items()}
-        if loss.reads == "tokens":
-            found["perplexity"] = round(perplexity(metrics["loss"]), 4)
+    slices = held_out_slices(config, rows_uri)
+    found = await measure_rows(policy, held_out_units(rows_uri), measures_of(config), slices=slices)
     policy.group.kill()
     return found
 

@@ -11,9 +11,9 @@ from posttrain.errors import DataError
 from posttrain.manifest import json_sha256
 from posttrain.model.backend import backend_of
 from posttrain.model.export import write_generation_config
-from posttrain.workflow.measures import measured
 from posttrain.workflow.policy_model import ADAPTER
-from steps.origin import LINEAGE, lineage_table, read_lineage
+from steps.model_card import LICENCE_FILES, README, model_card
+from steps.origin import LINEAGE, read_lineage
 from steps.recipes import teacher_of
 
 
@@ -53,7 +53,11 @@ def export(
             shutil.copytree(source / ADAPTER, folder / ADAPTER)
         runs = [*read_lineage(source), _this_run(config, root, provenance, tokenizer_sha256, trained or {})]
         (folder / LINEAGE).write_text(json.dumps(runs, indent=2) + "\n")
-        (folder / "README.md").write_text(_model_card(config, provenance, evaluation, runs))
+        card = model_card(config, root, provenance=provenance, evaluation=evaluation, runs=runs)
+        (folder / README).write_text(card)
+        for name in LICENCE_FILES:
+            if storage.exists(file := storage.join(root, "model", name)):
+                (folder / name).write_bytes(storage.read_bytes(file))
         return facts | {"tokenizer_sha256": tokenizer.fingerprint()}
 
     storage.ensure_folder(uri, write)
@@ -73,6 +77,8 @@ def _this_run(
     started_from = {"model": config.model.path or "fresh"}
     if (teacher := teacher_of(config)) is not None:
         started_from["teacher"] = teacher.path or "fresh"
+    if config.reward is not None and config.reward.model is not None:
+        started_from["judge"] = config.reward.model
     return {
         "run": f"{provenance['flow']}/{provenance['run_id']}",
         "method": config.method.name,
@@ -82,23 +88,6 @@ def _this_run(
         "tokenizer_sha256": tokenizer_sha256,
         "ledger": trained.get("ledger", {}).get("digest"),
     }
-
-
-def _model_card(
-    config: RunConfig, provenance: dict[str, Any], evaluation: dict[str, Any], runs: list[dict[str, Any]]
-) -> str:
-    columns = measured(evaluation)
-    rows = [f"| {name} | {' | '.join(str(found[c]) for c in columns)} |" for name, found in evaluation.items()]
-    table = "\n".join([f"| model | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|", *rows])
-    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
-    return (
-        f"# Model trained with posttrain ({config.method.name})\n\n"
-        f"## Evaluation on held-out rows ({config.data.held_out})\n\n{table}\n\n"
-        f"## Lineage\n\n- run: {provenance['flow']}/{provenance['run_id']}\n"
-        f"- config sha256: {provenance['config_sha256']}\n- seed: {provenance['seed']}\n- versions: {versions}\n\n"
-        f"{lineage_table(runs)}\n\n"
-        f"## Config\n\n```json\n{json.dumps(config.model_dump(mode='json'), indent=2)}\n```\n"
-    )
 
 
 if __name__ == "__main__":

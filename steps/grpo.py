@@ -28,7 +28,7 @@ from steps.sampling import rollout_parts
 from steps.saving import checkpoints_of, saver_of
 from steps.tracking import tracking
 
-SHOWN = ["reward/mean", "eval/reward", "policy/kl", "policy/entropy", "rollout/tokens_mean"]
+SHOWN = ["reward/mean", "eval/reward", "policy/kl", "policy/teacher_kl", "policy/entropy", "rollout/tokens_mean"]
 
 
 def grpo(
@@ -128,11 +128,10 @@ def _credit(method: GRPO, *, temperature: float) -> Credit | None:
 
 def _loss(method: GRPO, *, temperature: float) -> Loss:
     policy = _policy_loss(method, temperature=temperature)
-    return (
-        ValueLoss(policy=policy, coef=method.value_coef, clip=method.value_clip)
-        if method.advantage == "gae"
-        else policy
-    )
+    if method.advantage != "gae":
+        return policy
+    # One range for ratios and values, as PPO's own implementation has it.
+    return ValueLoss(policy=policy) if method.clip is None else ValueLoss(policy=policy, clip=method.clip[1])
 
 
 def _policy_loss(method: GRPO, *, temperature: float) -> Loss:

@@ -10,6 +10,7 @@ from posttrain.config import RunConfig
 from posttrain.data.counts import Counts, check_budget, check_not_empty
 from posttrain.data.encode import CHOSEN_DROPS, Encoder
 from posttrain.data.prompts import tokenize_prompts, write_prompts
+from posttrain.data.slices import slice_of
 from posttrain.data.source import Source, stored_rows
 from posttrain.data.stream import PackStream
 from posttrain.data.token_files import lengths_and_duplicates, write_units
@@ -21,6 +22,7 @@ from posttrain.model.families import DecoderConfig
 from steps.data_report import first_window_report, prompt_report, read_report, source_report
 from steps.recipes import prompt_sets
 from steps.streams import (
+    HELD_OUT_SLICES,
     HELD_OUT_UNITS,
     PROVED_ROWS,
     RESERVED,
@@ -106,14 +108,20 @@ def _write_held_out(config: RunConfig, data: Path, folder: Path, encoder: Encode
     """The held-out rows of an offline recipe, tokenised as its training rows are; none of them may be unfit."""
     if config.method.name == "grpo":
         return
-    units: list[Unit] = []
-    for number, found in enumerate(encoder(stored_rows(data / "held_out.parquet"))):
-        if isinstance(found, RowError) and found.reason not in CHOSEN_DROPS:
-            raise DataError(f"data.held_out, row {number}: {found}")
-        units += [] if isinstance(found, RowError) else found
+    rows, units, slices = stored_rows(data / "held_out.parquet"), list[Unit](), list[str]()
+    column = config.eval.slice_by
+    for number, (row, found) in enumerate(zip(rows, encoder(rows), strict=True)):
+        if isinstance(found, RowError):
+            if found.reason not in CHOSEN_DROPS:
+                raise DataError(f"data.held_out, row {number}: {found}")
+            continue
+        units += found
+        slices += [] if column is None else [slice_of(row, column)] * len(found)
     if not units:
         raise DataError("data.held_out: no row is left to evaluate on; raise data.pack_tokens, or bring shorter rows")
     write_units(((unit, None) for unit in units), folder / HELD_OUT_UNITS)
+    if column is not None:
+        (folder / HELD_OUT_SLICES).write_text(json.dumps(slices))
 
 
 def _training_set(

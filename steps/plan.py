@@ -3,6 +3,7 @@
 import json
 import sys
 import uuid
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from posttrain.data.source import check_source
 from posttrain.errors import ConfigError, ModelError, PosttrainError
 from posttrain.manifest import json_sha256
 from posttrain.model.families import decoder_config
-from posttrain.model.heads import NATIVE
+from posttrain.model.heads import NATIVE, output_names
 from posttrain.model.load import read_config
 from posttrain.plugin import resolve
+from posttrain.workflow.lm_eval_tasks import lm_eval_problems
 from posttrain.workflow.trackers import missing_packages
 from steps.origin import RUN, locate
 from steps.recipes import measure_names, prompt_sets, trains_on_rows
@@ -76,7 +78,7 @@ def _check_plugins(config: RunConfig) -> list[str]:
         plugins.append(("rollout.generator", config.rollout.generator))
     if config.tracking.custom:
         plugins.append(("tracking.custom", config.tracking.custom))
-    problems = missing_packages(config.tracking.model_dump())
+    problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
     if config.parallel.orchestrator == "verl" and not verl_is_installed():
         problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
     for key, path in plugins:
@@ -110,7 +112,7 @@ def _check_models(config: RunConfig) -> list[str]:
     elif isinstance(config.method, GRPO) and config.method.teacher is not None:
         problems += _check_folder(locate(config.method.teacher, config), "method.teacher")
     if config.reward and config.reward.model:
-        problems += _check_judge(locate(config.reward.model, config))
+        problems += _check_judge(locate(config.reward.model, config), config.reward.heads)
     return problems
 
 
@@ -122,13 +124,22 @@ def _check_folder(folder: str, key: str) -> list[str]:
     return []
 
 
-def _check_judge(folder: str) -> list[str]:
+def _check_judge(folder: str, weights: Mapping[str, float]) -> list[str]:
     try:
-        shape = decoder_config(read_config(folder))
+        document = read_config(folder)
+        outputs = decoder_config(document).heads.get(NATIVE)
     except ModelError as error:
         return [f"reward.model: {error}"]
-    scores = shape.heads.get(NATIVE) == 1
-    return [] if scores else [f"reward.model: {folder} has no head `score` of one number; train one with reward_flow"]
+    if not isinstance(outputs, int):
+        return [f"reward.model: {folder} has no head `score`; train one with reward_flow"]
+    names = output_names(document) if outputs > 1 else ()
+    if names and not weights:
+        return [f"reward.heads: {folder} rates {', '.join(names)}; weigh them, as reward.heads: {{{names[0]}: 1.0}}"]
+    return [
+        f"reward.heads.{name}: {folder} has no such rating; its own: {', '.join(names) or 'one score without a name'}"
+        for name in weights
+        if name not in names
+    ]
 
 
 def _check_origin(config: RunConfig, origin: Origin, key: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from posttrain import storage
 from posttrain.config import FreshModel, Origin, RunConfig
 from posttrain.data.record_checks import question_hash
+from posttrain.data.slices import slices_of
 from posttrain.data.source import Source, as_files, read_rows, stored_rows, write_rows
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.train_tokenizer import train_tokenizer
@@ -20,6 +21,7 @@ from posttrain.manifest import MANIFEST, read_manifest
 from posttrain.model.backend import backend_of
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.heads import FOLDER as HEADS
+from steps.model_card import LICENCE_FILES, README
 from steps.origin import LINEAGE, locate
 from steps.recipes import prompt_sets, rows_of, teacher_of, trains_on_rows
 from steps.streams import row_reader, shares_of, store_sources, stored_sources
@@ -93,8 +95,11 @@ def open_sources(config: RunConfig, *, root: str) -> list[Source]:
 
 def write_data(config: RunConfig, *, root: str, folder: Path) -> None:
     """Write held-out rows, prompts and questions, and the index of the training sources, into `folder`."""
-    kind, seed = rows_of(config).held_out, config.seed
-    held_out = read_rows(config.data.held_out, key="data.held_out", seed=seed, wanted=kind)
+    kind, seed, slice_by = rows_of(config).held_out, config.seed, config.eval.slice_by
+    keep = (*rows_of(config).ratings, *(() if slice_by is None else (slice_by,)))
+    held_out = read_rows(config.data.held_out, key="data.held_out", seed=seed, wanted=kind, keep=keep)
+    if slice_by is not None:
+        slices_of(held_out, slice_by)  # refused here, before anything is tokenised
     write_rows(held_out, folder / "held_out.parquet")
     reserved = frozenset(question_hash(row) for row in held_out) if kind == "prompt" else frozenset()
     for name, (key, source) in prompt_sets(config).items():
@@ -111,8 +116,7 @@ def row_sets(folder: Path) -> dict[str, list[Row]]:
 
 def vocabulary_texts(config: RunConfig, rows: dict[str, list[Row]], sources: Sequence[Source]) -> Iterator[str]:
     """What a fresh model's tokenizer learns its vocabulary from. Bad rows are left out here, and counted later."""
-    wanted = rows_of(config).wanted
-    readers = [row_reader(entry, wanted) for entry in config.data.sources]
+    readers = [row_reader(entry, rows_of(config)) for entry in config.data.sources]
     found = [each for name in ("held_out", "prompts", "questions") for each in rows.get(name, ())]
     for source, read in zip(sources, readers, strict=False):
         for _, _, record in islice(source.in_order(), VOCABULARY_ROWS):
@@ -213,11 +217,15 @@ def _copy_text(source: Path, folder: Path, *, but: tuple[str, ...] = ()) -> None
 def _copy_model(config: RunConfig, origin: Origin, folder: Path, key: str) -> None:
     assert origin.path is not None, "the config's own check lets exactly one of path and fresh through"
     path = locate(origin.path, config)
-    source = model_folder(path, origin.revision, suffixes=(*TEXT_FILES, ".safetensors"), key=key)
+    suffixes = (*TEXT_FILES, ".safetensors", README, *LICENCE_FILES)
+    source = model_folder(path, origin.revision, suffixes=suffixes, key=key)
     backend_of(config.model.backend).shape(source)
     for path in sorted(source.glob("*.safetensors")):
         _link(path.resolve(), folder / path.name)
     _copy_text(source, folder)
+    for name in (README, *LICENCE_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     if Path(source, HEADS).is_dir():
         shutil.copytree(source / HEADS, folder / HEADS)
     if not list(folder.glob("*.safetensors")):

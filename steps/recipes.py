@@ -1,15 +1,17 @@
 """What the recipes differ in: their rows, their loss, their prompts. Nothing else in steps/ matches on the method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from posttrain.config import DPO, GRPO, Distill, Origin, RewardModel, RunConfig
+from posttrain.model.heads import NATIVE
 from posttrain.model.lora import LoRA
 from posttrain.model.losses import Loss
 from posttrain.model.losses.distill import DivergenceLoss, TopKDistillLoss
 from posttrain.model.losses.dpo import DPOLoss
-from posttrain.model.losses.reward import BradleyTerryLoss, PointwiseLoss
+from posttrain.model.losses.reward import BradleyTerryLoss, MultiTaskLoss, PointwiseLoss
 from posttrain.model.losses.sft import SFTLoss
-from posttrain.workflow.measures import LABELS, NOT_JUDGED, REWARDS
+from posttrain.workflow.calibration import BINS
+from posttrain.workflow.measures import NOT_JUDGED, REWARDS, in_order, pass_names
 from posttrain.workflow.policy_model import Build
 from posttrain.workflow.policy_rank import Training
 
@@ -26,6 +28,8 @@ class Rows:
     held_out: str
     scored: bool = False
     """Scores are taken at the end of an answer: see Encoder."""
+    ratings: tuple[str, ...] = ()
+    """Columns of numbers that are kept."""
 
 
 def rows_of(config: RunConfig) -> Rows:
@@ -35,6 +39,8 @@ def rows_of(config: RunConfig) -> Rows:
             return Rows(wanted="conversation", held_out="prompt")
         case "dpo":
             return Rows(wanted="preference", held_out="preference")
+        case "reward" if config.method.kind == "ratings":
+            return Rows(wanted="conversation", held_out="conversation", scored=True, ratings=config.method.attributes)
         case "reward":
             kind = "preference" if config.method.kind == "pairs" else "unpaired"
             return Rows(wanted=kind, held_out=kind, scored=True)
@@ -52,8 +58,13 @@ def loss_of(config: RunConfig, stage: str) -> Loss:
             return DPOLoss(**method.model_dump(exclude={"name", "packs_per_step"}))
         case RewardModel(kind="pairs"):
             return BradleyTerryLoss(center_coef=method.center_coef)
-        case RewardModel():
+        case RewardModel(kind="labels"):
             return PointwiseLoss(kind="bce", label="label")
+        case RewardModel(attributes=names):
+            # Every rating counts the same; an answer that lacks one moves the shared layers that much less.
+            same = {"kind": "mse", "outputs": len(names)}
+            parts = [PointwiseLoss(label=name, column=number, **same) for number, name in enumerate(names)]
+            return MultiTaskLoss(parts=tuple((1 / len(names), part) for part in parts))
         case Distill():
             kind = DivergenceLoss if method.top_k is None else TopKDistillLoss
             return kind(kind=method.kind, beta=method.beta, temperature=method.temperature)
@@ -70,9 +81,13 @@ def measures_of(config: RunConfig) -> list[tuple[Loss, dict[str, str]]]:
             alone = DPOLoss(beta=1.0, reference_free=True)
             return [(main, {"loss": "loss", "margin": "margin"}), (alone, {"accuracy": "prefers_chosen"})]
         case RewardModel(kind="pairs"):
-            return [(main, {name: name for name in ("loss", "accuracy", "margin")})]
+            binned = replace(main, bins=BINS)  # pyright: ignore[reportArgumentType]
+            return [(binned, {name: name for name in ("loss", "accuracy", "margin")})]
+        case RewardModel(kind="labels"):
+            binned = replace(main, bins=BINS)  # pyright: ignore[reportArgumentType]
+            return [(binned, {name: name for name in ("loss", "accuracy")})]
         case RewardModel():
-            return [(main, {name: name for name in ("loss", "accuracy")})]
+            return [(main, {"loss": "loss"})]
         case Distill():
             return [(main, {"loss": "divergence"}), (SFTLoss(), {"loss": "loss"})]
         case _:
@@ -82,11 +97,19 @@ def measures_of(config: RunConfig) -> list[tuple[Loss, dict[str, str]]]:
 def measure_names(config: RunConfig) -> list[str]:
     """Measures of the run's final evaluation that a gate may name."""
     found = set(REWARDS) if config.samples_completions else set()
+    found |= set(pass_names(config.eval.samples)) if has_passes(config) else set()
     if config.method.name != "grpo":
         of_rows = measures_of(config)
         found |= {name for _, names in of_rows for name in names.values()}
+        found |= {"calibration_error"} if any(getattr(loss, "bins", 0) for loss, _ in of_rows) else set()
+        found |= {"abs_error"} if rows_of(config).ratings else set()
         found |= {"perplexity"} if any(loss.reads == "tokens" for loss, _ in of_rows) else set()
-    return [name for name in LABELS if name in found - NOT_JUDGED]
+    return in_order(found - NOT_JUDGED)
+
+
+def has_passes(config: RunConfig) -> bool:
+    """Whether completions are judged by a function, whose 1 means solved; a reward model's score has no such point."""
+    return config.samples_completions and config.reward is not None and config.reward.function is not None
 
 
 def training_of(config: RunConfig, stage: str) -> Training:
@@ -124,11 +147,16 @@ def build_of(config: RunConfig, teacher_uri: str | None, *, trains: bool = True)
     written = isinstance(method, Distill) and method.top_k is not None  # what the teacher says is in the token files
     return Build(
         lora=None if lora is None else LoRA(rank=lora.rank, alpha=lora.alpha, targets=lora.targets),
-        score_head=method.name == "reward",
+        scores=scores_of(config),
         value_head=isinstance(method, GRPO) and method.advantage == "gae",
         teacher_uri=None if written else teacher_uri,
         seed=config.seed,
     )
+
+
+def scores_of(config: RunConfig) -> tuple[str, ...]:
+    """What the outputs of the head `score` are called, of a recipe that trains one; one output has the head's name."""
+    return (config.method.attributes or (NATIVE,)) if isinstance(config.method, RewardModel) else ()
 
 
 def trains_on_rows(config: RunConfig) -> bool:

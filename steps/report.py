@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from posttrain.workflow.measures import LABELS, measured
+from posttrain.workflow.evaluation_tables import evaluation_tables
+from posttrain.workflow.measures import label_of, measured
 
 
 def report(*, evaluation: dict[str, dict[str, Any]], before: str, after: str, export_uri: str) -> dict[str, Any]:
@@ -19,9 +20,16 @@ def report(*, evaluation: dict[str, dict[str, Any]], before: str, after: str, ex
     for name in measured(evaluation):
         change = round(new[name] - old[name], 4)
         rows.append({"measure": name, "before": old[name], "after": new[name], "change": change})
-        table.add_row(LABELS[name], f"{old[name]:.3f}", f"{new[name]:.3f}", f"{change:+.3f}")
+        table.add_row(label_of(name), f"{old[name]:.3f}", f"{new[name]:.3f}", f"{change:+.3f}")
     console = Console(width=100)
     console.print(table)
+    for more in evaluation_tables(evaluation):
+        shown = Table(title=more.title)
+        for number, heading in enumerate(more.headings):
+            shown.add_column(heading, justify="right" if number else "left")
+        for row in more.rows:
+            shown.add_row(*map(str, row))
+        console.print(shown)
     print(f"exported model: {export_uri}", flush=True)
     gains = [row["change"] for row in rows if row["measure"] == "sampled_reward"]
     return {"rows": rows, **({"sampled_reward_gain": gains[0]} if gains else {})}

@@ -1,6 +1,7 @@
 """What sampling and scoring need, from the config: shared by the training and the evaluation step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from posttrain import storage
 from posttrain.compute.generator.transformers import TransformersGenerator
@@ -43,7 +44,8 @@ async def rollout_parts(
         max_failures=config.rollout.max_failures,
     )
     judge = None if config.reward.model is None else locate(config.reward.model, config)
-    limits = {"timeout_s": config.reward.timeout_s, "workers": config.reward.workers}
+    limits: dict[str, Any] = {"timeout_s": config.reward.timeout_s, "workers": config.reward.workers}
+    limits["weights"] = config.reward.heads or None
     rewards = RewardPool(config.reward.function, model=judge, **limits) if config.reward.function or judge else None
     if rewards is not None:
         await rewards.ready()

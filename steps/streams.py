@@ -15,18 +15,22 @@ from posttrain.data.records import Format
 from posttrain.data.row_reader import RowReader
 from posttrain.data.source import Source, stored_rows
 from posttrain.data.stream import ChosenUnits, PackStream, Units, UnitSource
-from posttrain.data.token_files import TokenUnits
+from posttrain.data.token_files import TokenUnits, read_units
 from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.types import Unit
 from posttrain.errors import DataError
 from posttrain.model.backend import backend_of
 from posttrain.model.families import DecoderConfig
-from steps.recipes import WARMUP, rows_of
+from steps.recipes import WARMUP, Rows, rows_of
 
 RESERVED = "reserved.json"
 """Hashes of the held-out questions, beside the tokens."""
 
 HELD_OUT_UNITS = "held_out_units.parquet"
 """What an offline recipe is evaluated on, tokenised."""
+
+HELD_OUT_SLICES = "held_out_slices.json"
+"""Beside them, where eval.slice_by asks for it: the slice of every unit, in order."""
 
 PROVED_ROWS = 256
 """Rows whose prompt is rendered a second time, to prove that it is served as it was trained."""
@@ -84,17 +88,17 @@ def record_units(
     Args:
         reserved: hashes of what held-out rows ask.
     """
-    wanted = rows_of(config).wanted
+    rows = rows_of(config)
     return [
-        UnitSource(source, encoder, read=row_reader(entry, wanted, held_out=reserved), seed=config.seed, number=number)
+        UnitSource(source, encoder, read=row_reader(entry, rows, held_out=reserved), seed=config.seed, number=number)
         for number, (entry, source) in enumerate(zip(config.data.sources, sources, strict=True))
     ]
 
 
-def row_reader(entry: DataSource, wanted: str, *, held_out: frozenset[bytes] = frozenset()) -> RowReader:
+def row_reader(entry: DataSource, rows: Rows, *, held_out: frozenset[bytes] = frozenset()) -> RowReader:
     """What reads one source's records."""
     format = Format(entry.format) if entry.format else None
-    return RowReader(wanted=wanted, format=format, role_map=entry.role_map, held_out=held_out)
+    return RowReader(wanted=rows.wanted, format=format, role_map=entry.role_map, held_out=held_out, keep=rows.ratings)
 
 
 def make_encoder(
@@ -117,6 +121,7 @@ def make_encoder(
         tokenizer,
         wanted=rows.wanted,
         scored=rows.scored,
+        ratings=rows.ratings,
         pack_tokens=limit,
         over_long=config.data.over_long,
         train_on=config.data.train_on,
@@ -144,6 +149,17 @@ def reserved_hashes(folder: Path) -> frozenset[bytes]:
     """
     sets = [folder / f"{name}.parquet" for name in ("held_out", "questions")]
     return frozenset(question_hash(row) for path in sets if path.exists() for row in stored_rows(path))
+
+
+def held_out_units(tokens_uri: str) -> list[Unit]:
+    """What an offline recipe is evaluated on."""
+    return read_units(storage.fetch(tokens_uri) / HELD_OUT_UNITS)
+
+
+def held_out_slices(config: RunConfig, tokens_uri: str) -> list[str]:
+    """The slice of each of held_out_units(); none where the config asks for none."""
+    path = storage.fetch(tokens_uri) / HELD_OUT_SLICES
+    return json.loads(path.read_text()) if config.eval.slice_by is not None else []
 
 
 def stored_sources(folder: Path) -> list[Source]:

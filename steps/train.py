@@ -14,7 +14,6 @@ from posttrain.compute.data_workers import window_workers
 from posttrain.config import Distill, RunConfig
 from posttrain.data.loader import loading
 from posttrain.data.pack import pack
-from posttrain.data.token_files import read_units
 from posttrain.data.types import Pack
 from posttrain.workflow.held_out import HeldOut
 from posttrain.workflow.ledger_file import LedgerFile
@@ -28,7 +27,7 @@ from steps.annotate import annotate, needs_reference
 from steps.hardware import Hardware, hardware
 from steps.recipes import WARMUP, build_of, loss_of, packs_per_step, training_of
 from steps.saving import checkpoints_of, saver_of
-from steps.streams import HELD_OUT_UNITS, open_stream
+from steps.streams import held_out_units, open_stream
 from steps.tracking import tracking
 
 SHOWN = ["loss", "accuracy", "margin", "eval/loss", "eval/accuracy", "grad_norm"]
@@ -149,7 +148,7 @@ def _checkpoints(config: RunConfig, inputs: Inputs) -> Checkpoints:
 
 def held_out_packs(config: RunConfig, tokens_uri: str) -> list[Pack]:
     """What an offline recipe is evaluated on."""
-    return pack(read_units(storage.fetch(tokens_uri) / HELD_OUT_UNITS), pack_tokens=config.data.pack_tokens)
+    return pack(held_out_units(tokens_uri), pack_tokens=config.data.pack_tokens)
 
 
 async def _launch(config: RunConfig, inputs: Inputs, training: Training, resources: Hardware) -> Policy:

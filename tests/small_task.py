@@ -44,6 +44,38 @@ def held_out_labelled(seed: int) -> list[Row]:
     ]
 
 
+def _sliced(rows: list[Row]) -> list[Row]:
+    """The first three rows are short ones, as far as a slice is concerned."""
+    return [row | {"slice": "short" if number < 3 else "long"} for number, row in enumerate(rows)]
+
+
+def sliced_sft(seed: int) -> list[Row]:
+    return _sliced(held_out_exact(seed))
+
+
+def sliced_dpo(seed: int) -> list[Row]:
+    return _sliced(held_out_pairs(seed))
+
+
+def sliced_reward(seed: int) -> list[Row]:
+    return _sliced([row | {"margin": float(number % 2)} for number, row in enumerate(held_out_pairs(seed))])
+
+
+def rated(seed: int) -> list[Row]:
+    """Answers rated for being right and for their length; every third lacks one rating or the other."""
+    found = []
+    for number, row in enumerate(labelled(seed)):
+        ratings = {"right": 4.0 * row["label"], "long": float(len(row["messages"][-1]["content"])) / 2}
+        missing = {0: "long", 1: "right"}.get(number % 3)
+        found.append({"messages": row["messages"], **{k: v for k, v in ratings.items() if k != missing}})
+    return found
+
+
+def held_out_rated(seed: int) -> list[Row]:
+    rows = held_out_labelled(seed)
+    return [{"messages": row["messages"], "right": 4.0 * row["label"], "long": 3.0} for row in rows]
+
+
 def prompts(seed: int) -> list[Row]:
     return sort_digits.prompts(seed, count=40)
 

@@ -6,12 +6,13 @@ The library below takes named arguments: this tree stops at steps/.
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from posttrain.config_data import Data, DataSource
 from posttrain.config_method import DPO, GRPO, SFT, Distill, Method, RewardModel
 from posttrain.config_model import FreshModel, LoRA, Model, Origin
 from posttrain.config_parallel import Parallel
+from posttrain.config_reward import Reward
 from posttrain.config_section import Plugin, Section
 
 __all__ = [
@@ -97,41 +98,6 @@ class Rollout(Section):
     either stops the run."""
 
 
-Functions = Annotated[
-    Annotated[Plugin, Tag("function-path")] | Annotated[dict[Plugin, float], Tag("function-sum")],
-    Discriminator(lambda value: "function-sum" if isinstance(value, dict) else "function-path"),
-]
-"""One function, or several with their weights in a sum."""
-
-
-class Reward(Section):
-    """What a completion is worth: by `function`, or by a reward model."""
-
-    function: Functions | None = None
-    """`f(row, completion) -> float`, or a dict of named parts that sum to the reward; or `{path: weight}`: a weighted
-    sum, each function's value a part. docs/rl.md lists the built-in ones."""
-    model: str | None = None
-    """A folder with the head `score`, as the recipe reward exports it (local or s3://), or run:RewardFlow/ID; it reads
-    the row's messages and the completion, on a CPU."""
-    timeout_s: float = Field(default=10, gt=0)
-    """Deadline for one group, and for the environment's part of one turn (ten times as long for a whole episode),
-    seconds; then its process is killed."""
-    workers: int = Field(default=2, ge=1)
-    """Processes that score, each one group at a time, where the run was started; each holds a copy of `model`. As many
-    hold rollout.environment."""
-    max_failures: int = Field(default=20, ge=0)
-    """Groups that training may drop because their reward failed, as many because their environment did, and rows that
-    an evaluation may leave out; one more stops the run."""
-
-    @model_validator(mode="after")
-    def one_judge(self):
-        if self.function is not None and self.model is not None:
-            raise ValueError("set exactly one of function and model (both are set); null drops one that the base has")
-        if isinstance(self.function, dict) and not any(self.function.values()):
-            raise ValueError("function: no weight is other than zero; give one of the functions a weight")
-        return self
-
-
 class Checkpoint(Section):
     """When training state is committed and how much is kept."""
 
@@ -156,6 +122,11 @@ class Eval(Section):
     prompts: str | None = None
     """Questions that the models of an offline recipe are asked in the final evaluation, rows like data.prompts, never
     trained on; `reward` scores the answers, and null asks none. RL asks data.held_out."""
+    slice_by: str | None = None
+    """Column of data.held_out, as `lang`; the final evaluation is also told for each of its values, at most 50."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of EleutherAI's lm-eval (the extra `eval`) that both models are put to at the end: its names, or
+    `folder/name` for a YAML file of yours in that folder."""
     gate: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Measure of the final evaluation -> by how much the trained model may be worse than the one it started from; else
     the run fails before its export. {loss: 0} forbids any harm."""
@@ -261,8 +232,11 @@ class RunConfig(Section):
             problems.append("eval.prompts: RL is evaluated on data.held_out; remove eval.prompts")
         if self.method.name == "reward" and self.eval.prompts is not None:
             problems.append("eval.prompts: a reward model answers nothing; remove eval.prompts")
-        if isinstance(self.method, RewardModel) and self.method.kind == "labels" and self.warmup:
-            problems.append("warmup: answers with labels are no demonstrations, some are bad; set warmup: null")
+        if self.method.name == "reward" and self.eval.lm_eval:
+            problems.append("eval.lm_eval: a reward model writes no text; remove eval.lm_eval")
+        if isinstance(self.method, RewardModel) and self.method.kind != "pairs" and self.warmup:
+            kind = self.method.kind
+            problems.append(f"warmup: answers with {kind} are no demonstrations, some are bad; set warmup: null")
         if self.method.name in ("dpo", "reward") and self.data.over_long == "split":
             problems.append("data.over_long = split: pairs cannot be split; choose error, drop or truncate")
         return problems

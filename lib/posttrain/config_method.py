@@ -52,13 +52,16 @@ class DPO(_Offline):
 
 
 class RewardModel(_Offline):
-    """A model that gives an answer a score: Bradley-Terry on pairs, or labels of single answers."""
+    """A model that gives an answer a score: Bradley-Terry on pairs, labels of single answers, or ratings of several
+    attributes."""
 
     name: Literal["reward"]
     """The recipe."""
-    kind: Literal["pairs", "labels"] = "pairs"
-    """Rows of chosen and rejected, with a `margin` where they have one; or of an answer and its true or false
-    `label`."""
+    kind: Literal["pairs", "labels", "ratings"] = "pairs"
+    """Rows of chosen and rejected, with a `margin` where they have one; of an answer and its true or false `label`; or
+    of a conversation and numbers in the columns `attributes`."""
+    attributes: tuple[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], ...] = ()
+    """ratings only: columns of numbers, a head each, trained by squared error; a row may lack some of them."""
     center_coef: float = Field(default=0.0, ge=0)
     """Weight of (chosen + rejected score)^2, which keeps scores near zero (arXiv:2312.09244); pairs only."""
 
@@ -66,6 +69,11 @@ class RewardModel(_Offline):
     def kind_fits(self):
         if self.center_coef and self.kind != "pairs":
             raise ValueError("center_coef is defined for kind: pairs; set it to 0")
+        if (self.kind == "ratings") != bool(self.attributes):
+            raise ValueError("kind: ratings needs attributes, the columns of its numbers; no other kind has them")
+        taken = {"messages", "tools"}.intersection(self.attributes)
+        if taken or len(set(self.attributes)) < len(self.attributes):
+            raise ValueError(f"attributes {list(self.attributes)} must differ, and none may be messages or tools")
         return self
 
 
@@ -102,10 +110,6 @@ class GRPO(Section):
     """advantage teacher: a model with the policy's vocabulary, a folder (local or s3://) or run:SFTFlow/ID."""
     gae: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (1.0, 0.95)
     """advantage gae: gamma and lambda (arXiv:1506.02438)."""
-    value_coef: float = Field(default=0.1, gt=0)
-    """advantage gae: weight of the value head's loss."""
-    value_clip: float = Field(default=0.2, gt=0)
-    """advantage gae: how far from its value before the step an expected reward may be fitted; from the second epoch."""
     epochs: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of completions."""
     loss: Literal["truncated", "truncated_sequence", "clipped", "sequence"] = "truncated"
@@ -115,7 +119,8 @@ class GRPO(Section):
     """truncated, truncated_sequence: upper bound of the trainer/sampler probability ratio of a token, or of a whole
     completion."""
     clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] | None = None
-    """clipped, sequence: how far below and above 1 a ratio may be; null is 0.2 and 0.2, or 0.0003 and 0.0004."""
+    """clipped, sequence: how far below and above 1 a ratio may be; null is 0.2 and 0.2, or 0.0003 and 0.0004. With
+    advantage gae the second is also how far a value may be fitted from what it was before the step."""
     weigh: Literal["token", "sequence"] = "token"
     """Every trained token counts the same, or every completion."""
     kl_coef: float | None = Field(default=None, ge=0)

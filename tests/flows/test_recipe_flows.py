@@ -11,11 +11,12 @@ import pytest
 from runs import ROOT, SMALL_RECIPE, SMALL_ROWS
 
 SHOWN = {
-    "sft": ["loss, nats per token or pair", "reward, greedy"],
-    "dpo": ["chosen answer likelier", "margin of the chosen"],
-    "reward": ["accuracy against the labels"],
-    "distill": ["divergence from the teacher", "reward, greedy"],
+    "sft": ["loss, nats per token or pair", "reward, greedy", "solved by one of 4 samples", "By slice"],
+    "dpo": ["chosen answer likelier", "margin of the chosen", "By slice"],
+    "reward": ["accuracy against the labels", "By slice", "By the margin of the pair", "How sure and how right: after"],
+    "distill": ["divergence from the teacher", "reward, greedy", "By slice"],
 }
+SLICED = {name: f"small_task:sliced_{'sft' if name == 'distill' else name}" for name in SHOWN}
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -37,7 +38,8 @@ def overrides(name: str) -> dict[str, object]:
 def test_a_recipe_runs_from_its_config_to_its_export(tmp_path: Path, name: str, more: dict[str, object]):
     flow = [sys.executable, str(ROOT / "flows" / f"{name}_flow.py"), "--config-value", "config"]
     env = environment(tmp_path)
-    command = [*flow, json.dumps(overrides(name) | more), "run", "--run-id-file", "run_id"]
+    changes = overrides(name) | more | {"data.held_out": SLICED[name], "eval.slice_by": "slice"}
+    command = [*flow, json.dumps(changes), "run", "--run-id-file", "run_id"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert f"{name} 6/6" in done.stdout and "exported model: " in done.stdout
@@ -46,6 +48,8 @@ def test_a_recipe_runs_from_its_config_to_its_export(tmp_path: Path, name: str, 
     (export,) = (tmp_path / "runs").glob("*/*/export")
     (entry,) = json.loads((export / "lineage.json").read_text())
     assert entry["method"] == name and len(entry["ledger"]) == 64
+    card = (export / "README.md").read_text()
+    assert "### By slice" in card and "license: unknown" in card and "small_task:" in card
 
 
 @pytest.mark.slow

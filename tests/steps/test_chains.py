@@ -15,6 +15,7 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import ConfigError, ModelError, RewardError
 from posttrain.model.export import export_model
 from posttrain.model.forward import forward
+from posttrain.model.heads import name_outputs
 from posttrain.model.load import load_decoder
 from posttrain.workflow.reward_model import RewardModel
 from runs import prepared, recipe_config, small_config
@@ -104,9 +105,41 @@ def test_a_completion_that_cannot_be_read_is_an_error_and_never_a_score(judge: P
 
 def test_a_judge_without_a_score_is_refused_before_anything_runs(judge: Path, tmp_path: Path):
     changes = {"checkpoint.root": str(tmp_path / "runs"), "reward.function": None}
-    with pytest.raises(ConfigError, match=r"reward.model: .*/tiny has no head `score` of one number"):
+    with pytest.raises(ConfigError, match=r"reward.model: .*/tiny has no head `score`; train one"):
         plan(small_config(**changes, **{"reward.model": str(tmp_path / "tiny")}), flow="GRPOFlow", run_id="1")
     plan(small_config(**changes, **{"reward.model": str(judge)}), flow="GRPOFlow", run_id="1")
+
+
+@pytest.fixture
+def rater(tmp_path: Path) -> Path:
+    source = tiny_model(tmp_path / "tiny")
+    export_model(load_decoder(source, heads={"score": 2}, lm_head=False), tmp_path / "made", like=source)
+    name_outputs(tmp_path / "made", ("helpful", "verbose"))
+    export_model(load_decoder(tmp_path / "made"), tmp_path / "rater", like=tmp_path / "made")
+    return tmp_path / "rater"
+
+
+def test_ratings_are_weighed_into_one_reward_and_are_its_parts(rater: Path):
+    row, texts = {"messages": [{"role": "user", "content": "sort 21"}]}, ["12", "21"]
+    alone = [RewardModel(str(rater), {name: 1.0}).score(row, texts) for name in ("helpful", "verbose")]
+    both = RewardModel(str(rater), {"verbose": -0.5, "helpful": 2.0}).score(row, texts)
+    for (reward, parts), (helpful, _), (verbose, _) in zip(both, *alone, strict=True):
+        assert helpful != verbose and reward == pytest.approx(2 * helpful - verbose / 2)
+        assert parts == {"helpful": pytest.approx(2 * helpful), "verbose": pytest.approx(-verbose / 2)}
+
+
+@pytest.mark.parametrize(
+    ("heads", "says"),
+    [
+        ({}, r"reward.heads: .*/rater rates helpful, verbose; weigh them, as reward.heads: {helpful: 1.0}"),
+        ({"polite": 1.0}, r"reward.heads.polite: .* has no such rating; its own: helpful, verbose"),
+    ],
+)
+def test_a_judge_of_several_ratings_is_weighed_or_refused(rater: Path, tmp_path: Path, heads, says):
+    changes = {"checkpoint.root": str(tmp_path / "runs"), "reward.function": None, "reward.model": str(rater)}
+    with pytest.raises(ConfigError, match=says):
+        plan(small_config(**changes, **{"reward.heads": heads}), flow="GRPOFlow", run_id="1")
+    plan(small_config(**changes, **{"reward.heads": {"verbose": -1.0}}), flow="GRPOFlow", run_id="1")
 
 
 def test_chat_answers_every_turn_with_the_turns_before_in_mind(tmp_path: Path):

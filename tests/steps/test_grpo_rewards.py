@@ -70,3 +70,25 @@ def test_the_cost_of_length_is_a_part_of_the_reward_in_training_only(tmp_path: P
     assert -1 <= step["reward/overlong"] < 0
     assert step["reward/mean"] == pytest.approx(1 + step["reward/overlong"])
     assert step["eval/reward"] == 1.0
+
+
+@pytest.mark.slow
+def test_an_environment_trains_and_every_rollout_is_kept(tmp_path: Path):
+    import pyarrow.parquet as pq
+
+    game = "posttrain.data.guess_number"
+    config = {
+        "data.sources": f"{game}:demonstrations",
+        "data.prompts": f"{game}:prompts",
+        "data.held_out": f"{game}:held_out",
+        "rollout.environment": f"{game}:GuessNumber",
+        "rollout.max_new_tokens": 64,
+        "reward.timeout_s": 20,
+    }
+    config = small_config(**config, **{"reward.function": None, "optim.num_steps": 2})
+    base = prepared(tmp_path, config)
+    result = grpo(config, root=str(tmp_path), model_uri=base.model_uri, tokens_uri=base.tokens_uri)
+    assert result is not None and result["ledger"]["trained"] == 2 * 4
+    rows = pq.read_table(result["rollouts"]).to_pylist()
+    assert len([row for row in rows if row["drop_reason"] is None]) == 2 * 4 * 4
+    assert any(0.0 in row["loss_mask"] for row in rows)

@@ -207,7 +207,6 @@ def test_a_mistake_in_a_recipe_is_one_line_too(method, changes, line):
             "method: clip does nothing with loss = truncated_sequence",
         ),
         ({"gae": [1.0, 1.5]}, "method.gae[1]: input should be less than or equal to 1 (got 1.5)"),
-        ({"value_clip": 0}, "method.value_clip: input should be greater than 0"),
     ],
 )
 def test_parts_of_an_rl_method_that_do_not_go_together_are_one_line(changes, line):

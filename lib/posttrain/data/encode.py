@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from posttrain.data.masks import TrainOn
+from posttrain.data.ratings import ratings_of
 from posttrain.data.record_checks import question_key
 from posttrain.data.sample import shift
 from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded
@@ -40,6 +41,7 @@ class Encoder:
         over_long: OverLong = "error",
         train_on: TrainOn = "weights",
         scored: bool = False,
+        ratings: Sequence[str] = (),
         prove: int = 0,
     ):
         """
@@ -47,6 +49,8 @@ class Encoder:
             wanted: "conversation", "preference", "unpaired" or "text", as in records.py.
             scored: the model is to read every answer up to its stop token, where a score is taken, and no further; a
                 pair gets the field `margin`, 0 where the row has none, and an unpaired answer the field `label`.
+            ratings: of scored conversations, the columns that become fields, NaN where a row lacks one; their last
+                answer is what is scored.
             prove: of so many conversations, the first that come, the prompt is also rendered as it will be served and
                 compared with what is trained. (Of a pair it always is.)
         """
@@ -54,7 +58,7 @@ class Encoder:
             raise DataError("data.over_long: split cannot be used for pairs; choose error, drop or truncate")
         self.tokenizer, self.wanted = tokenizer, wanted
         self.train_on: TrainOn = train_on
-        self.scored = scored
+        self.scored, self.ratings = scored, ratings
         self.pack_tokens, self.over_long = pack_tokens, over_long
         self._to_prove = prove if wanted == "conversation" else 0
         steers = {*tokenizer.stop_ids, tokenizer.pad_id, tokenizer.hf.bos_token_id}
@@ -83,6 +87,8 @@ class Encoder:
         """What is known of every document of a row beside its tokens."""
         if not self.scored:
             return {}
+        if self.wanted == "conversation":
+            return ratings_of(row, self.ratings)
         return {"label": float(row["label"])} if self.wanted == "unpaired" else {"margin": row.get("margin", 0.0)}
 
     def _encode(self, rows: Sequence[Row]) -> list[tuple[Encoded, ...] | RowError]:
@@ -94,7 +100,7 @@ class Encoder:
     def _tokenized(self, rows: Sequence[Row]) -> list[tuple[Encoded, ...] | RowError]:
         match self.wanted:
             case "conversation":
-                found = self.tokenizer.conversations(rows, self.train_on)
+                found = self.tokenizer.conversations(rows, "last" if self.scored else self.train_on)
             case "unpaired":
                 found = self.tokenizer.conversations(rows, "last")
             case "preference":
@@ -116,6 +122,10 @@ class Encoder:
         """What was found, or why it must not be trained."""
         if isinstance(found, RowError):
             return found
+        try:
+            ratings_of(row, self.ratings) if self.ratings else None
+        except RowError as error:
+            return error
         if not all(each.loss_mask[1:].any() for each in found):
             count = sum(len(each.token_ids) for each in found)
             return RowError("no_trained_token", f"none of its {count} tokens carries loss; drop the row")

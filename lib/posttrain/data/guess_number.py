@@ -1,6 +1,6 @@
 """A built-in game of several turns: find a digit with as few questions as one can. `rollout.environment` may name it.
 
-The policy writes a digit; the environment, as the tool that it calls, answers "higher" or "lower". Halving the range
+The policy writes a digit; the environment answers "higher" or "lower". Halving the range
 finds any digit in four turns.
 """
 
@@ -29,18 +29,19 @@ class GuessNumber:
                 break
             if said.strip() == str(row["secret"]):
                 return {"found": 1.0, "turns": -0.1 * turn}
-            messages = [{"role": "tool", "content": _hint(said, row["secret"])}]
+            messages = [{"role": "user", "content": _hint(said, row["secret"])}]
         return {"found": 0.0, "turns": 0.0}
 
 
 def prompts(seed: int, count: int = 1024) -> list[Row]:
     """Games with their secrets."""
-    return [_row(int(digit)) for digit in np.random.default_rng([seed, 5]).integers(0, 10, count)]
+    digits = np.random.default_rng([seed, 5]).integers(0, 10, count)
+    return [_row(int(digit), f"game {number}") for number, digit in enumerate(digits)]
 
 
 def held_out(seed: int) -> list[Row]:
-    """One game of every secret; they are few, so the evaluation has no others than training."""
-    return [_row(digit) for digit in range(10)]
+    """One game of every secret, under names that training does not have."""
+    return [_row(digit, f"test game {digit}") for digit in range(10)]
 
 
 def demonstrations(seed: int, count: int = 4096) -> list[Row]:
@@ -51,12 +52,12 @@ def demonstrations(seed: int, count: int = 4096) -> list[Row]:
 
 def _played(secret: int, rng: np.random.Generator) -> list[dict[str, str]]:
     low, high, guess = 0, 9, -1
-    messages = _row(secret)["messages"]
+    messages = _row(secret, f"game {rng.integers(10_000)}")["messages"]
     while guess != secret:
         if guess >= 0:
             hint = _hint(str(guess), secret)
             low, high = (guess + 1, high) if hint == "higher" else (low, guess - 1)
-            messages.append({"role": "tool", "content": hint})
+            messages.append({"role": "user", "content": hint})
         guess = int(rng.integers(low, high + 1))
         messages.append({"role": "assistant", "content": str(guess)})
     return messages
@@ -68,5 +69,5 @@ def _hint(said: str, secret: int) -> str:
     return "higher" if secret > int(said.strip()[:9]) else "lower"
 
 
-def _row(secret: int) -> Row:
-    return {"messages": [{"role": "user", "content": "find the digit"}], "secret": secret}
+def _row(secret: int, name: str) -> Row:
+    return {"messages": [{"role": "user", "content": f"{name}: find the digit"}], "secret": secret}

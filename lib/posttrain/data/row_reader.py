@@ -1,6 +1,6 @@
 """Records of one source become the Rows that a recipe wants: format looked up, converted, checked."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from posttrain.data.record_checks import question_hash, question_key
@@ -19,15 +19,17 @@ class RowReader:
         format: Format | None = None,
         role_map: Mapping[str, str] | None = None,
         held_out: frozenset[bytes] = frozenset(),
+        keep: Sequence[str] = (),
     ):
         """
         Args:
             wanted: "conversation", "preference", "prompt", "text", as in records.py.
             format: of every record; None detects it from each record's columns.
             held_out: hashes, by question_hash(), of the questions that no row may ask.
+            keep: columns of the record that its row has too, where they are not null; the others go.
         """
         self.wanted, self.format, self.role_map = wanted, format, role_map or {}
-        self.held_out = held_out
+        self.held_out, self.keep = held_out, keep
         self._formats: dict[Hashable, Format] = {}
 
     def __call__(self, record: Any) -> Row:
@@ -49,6 +51,7 @@ class RowReader:
             check_row(row, wanted=self.wanted)
         except RecursionError:
             raise RowError("wrong_schema", "its columns are nested hundreds of levels deep; flatten them") from None
+        row |= {name: record[name] for name in self.keep if name not in row and record.get(name) is not None}
         if self.held_out and question_hash(row) in self.held_out:
             raise DataError(
                 f"repeats a held-out question, {question_key(row)[:120]!r}; a score on what was trained says nothing. "

@@ -189,15 +189,18 @@ def as_files(path: str, *, key: str, seed: int, uri: str) -> Source:
     return Source(storage.join(uri, "rows.jsonl"), key=key)
 
 
-def read_rows(source: str, *, key: str, seed: int, wanted: str, held_out: frozenset[bytes] = frozenset()) -> list[Row]:
-    """All rows of a source, in order, in the form of records.py that is `wanted`.
+def read_rows(source: str, *, key: str, seed: int, **reading: Any) -> list[Row]:
+    """All rows of a source, in order.
+
+    Args:
+        reading: of RowReader: what is wanted, what is held out, and the rest.
 
     Raises:
         DataError: empty, or names the file and line whose record is not what is wanted or asks what is `held_out`.
     """
     files = Source(source, key=key) if is_file(source) else None
     records = files.in_order() if files else _function_records(source, key, seed)
-    rows, read = [], RowReader(wanted=wanted, held_out=held_out)
+    rows, read = [], RowReader(**reading)
     for block, number, record in records:
         try:
             rows.append(read(record))

@@ -132,9 +132,11 @@ def _mend_config(path: Path, model: Decoder, heads: dict[str, HeadSpec]) -> None
         config[CONFIG_KEY] = heads
     if not model.config.lm_head:
         config["architectures"] = [_classifier(config["model_type"])]
-        labels = [f"LABEL_{number}" for number in range(int(model.config.heads[NATIVE]))]
-        config["id2label"] = {str(number): label for number, label in enumerate(labels)}
-        config["label2id"] = {label: number for number, label in enumerate(labels)}
+        outputs = int(model.config.heads[NATIVE])
+        if len(config.get("id2label") or {}) != outputs:  # it may name them already
+            labels = [f"LABEL_{number}" for number in range(outputs)]
+            config["id2label"] = {str(number): label for number, label in enumerate(labels)}
+            config["label2id"] = {label: number for number, label in enumerate(labels)}
     if decoder_config(config).vocab_size != model.config.vocab_size:
         config["vocab_size"] = model.config.vocab_size
     if is_quantized(config):

@@ -4,10 +4,12 @@ A head maps the hidden state of a document's last token to k numbers: a reward (
 one of several tasks. A model may have several under names of their own, and a user's own module among them.
 """
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -110,6 +112,21 @@ def write_heads(model: nn.Module, folder: str | Path | None) -> dict[str, HeadSp
         save_file(tensors, Path(folder, FOLDER, FILE), metadata={"format": "pt"})
         shutil.copymode(Path(folder, "config.json"), Path(folder, FOLDER, FILE))
     return own
+
+
+def name_outputs(folder: str | Path, names: Sequence[str]) -> None:
+    """Say in config.json what the outputs of the head `score` are, where Hugging Face keeps the names of classes."""
+    path = Path(folder, "config.json")
+    config = json.loads(path.read_text())
+    config["id2label"] = {str(number): name for number, name in enumerate(names)}
+    config["label2id"] = {name: number for number, name in enumerate(names)}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def output_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a config.json that name_outputs() wrote, in order."""
+    labels = config.get("id2label") or {}
+    return tuple(labels[number] for number in sorted(labels, key=int))
 
 
 @torch.no_grad()

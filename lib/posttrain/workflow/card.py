@@ -91,6 +91,10 @@ GRPO = View(
         ),
         Chart("Policy loss", "per trained token", (Line("loss", "loss"),), scale="data"),
         Chart("Gradient norm", "before clipping", (Line("policy/grad_norm", "norm"),)),
+        Chart("KL to the teacher", "nats per token", (Line("policy/teacher_kl", "KL"),)),
+        Chart(
+            "Critic", "share of the returns' variance", (Line("value/explained_variance", "explained"),), scale="data"
+        ),
         Chart("Trainer against sampler", "mean |Δ logprob|, nats", (Line("policy/mismatch_abs", "mismatch"),)),
         RANKS,
     ),

@@ -8,7 +8,8 @@ from metaflow.cards import Markdown, VegaChart
 from posttrain.workflow import charts, markup
 from posttrain.workflow.card import open_card
 from posttrain.workflow.data_report import QUANTILES, dropped_facts, report_facts, source_counts, source_state
-from posttrain.workflow.measures import LABELS, measured
+from posttrain.workflow.evaluation_tables import evaluation_tables
+from posttrain.workflow.measures import PASS, label_of, measured
 
 
 def show_data(report: dict[str, Any], data: dict[str, Any], *, card_id: str = "data") -> None:
@@ -32,8 +33,10 @@ def show_evaluation(evaluation: dict[str, dict[str, Any]], *, card_id: str = "ev
     noise = [f"{first['samples']} samples a row, with the same noise for every model"] if asked else []
     card.append(Markdown(markup.page("Evaluation on held-out rows", [f"{first['rows']:,} rows", *noise])))
     card.append(Markdown(verdict(evaluation)))
+    for table in evaluation_tables(evaluation):
+        card.append(Markdown(markup.block(markup.heading(table.title), markup.table(table.headings, table.rows))))
     if asked:
-        measures = measure_names(first["samples"])
+        measures = measure_names(first["samples"]) | {n: n for n in measured(evaluation) if n.startswith(PASS)}
         bars = {model: {label: found[name] for name, label in measures.items()} for model, found in evaluation.items()}
         card.append(VegaChart(charts.bar_chart("Reward", "mean reward", bars)))
         card.append(Markdown(answers(evaluation)))
@@ -133,7 +136,8 @@ def measure_names(samples: int) -> dict[str, str]:
 def verdict(evaluation: dict[str, dict[str, Any]]) -> markup.Html:
     """The last model's numbers, with the first model's below them."""
     (before, was), (_, now) = next(iter(evaluation.items())), list(evaluation.items())[-1]
-    titles = {name: label[0].upper() + label[1:] for name, label in LABELS.items()}
+    labels = {name: label_of(name) for name in measured(evaluation)}
+    titles = {name: label[0].upper() + label[1:] for name, label in labels.items()}
     if "samples" in now:
         titles |= {name: f"Reward, {label}" for name, label in measure_names(now["samples"]).items()}
     titles["mean_tokens"] = "Tokens a completion"

@@ -32,8 +32,8 @@ class Build:
 
     lora: LoRA | None = None
     """Adapters that are trained in place of the weights."""
-    score_head: bool = False
-    """Hugging Face's head `score` in the LM head's place: a reward model."""
+    scores: tuple[str, ...] = ()
+    """Outputs of Hugging Face's head `score`, which then stands in the LM head's place: a reward model."""
     value_head: bool = False
     """A head `value` beside the LM head: a critic."""
     teacher_uri: str | None = None
@@ -54,8 +54,8 @@ def build_policy(
         ModelError: the folder, or a target of the adapters, is not what the backend can load or adapt.
     """
     heads: dict[str, Any] = {}
-    if build.score_head:
-        heads = {"heads": {NATIVE: 1}, "lm_head": False, "seed": build.seed}
+    if build.scores:
+        heads = {"heads": {NATIVE: len(build.scores)}, "lm_head": False, "seed": build.seed}
     elif build.value_head:
         heads = {"heads": {VALUE: 1}}
     model = backend.load(folder, device=device, dtype=dtype, **heads, **placed)

@@ -27,6 +27,7 @@ from posttrain.model.decoder import Decoder
 from posttrain.model.export import join_export
 from posttrain.model.flops import flop_counts, peak_flops
 from posttrain.model.forward import forward, loss_sum
+from posttrain.model.heads import name_outputs
 from posttrain.model.lora import adapters_off
 from posttrain.model.losses import Loss
 from posttrain.model.moe import router_metrics
@@ -271,6 +272,8 @@ class PolicyRank:
         if not storage.exists(storage.join(uri, "manifest.json")):
             with storage.staging(uri) as folder:
                 facts = self.backend.export(self.engine.model, folder, like=self.folder)
+                if len(self.build.scores) > 1:
+                    name_outputs(folder, self.build.scores)
                 if self.build.lora is not None:
                     write_adapter(self.engine.model, folder, lora=self.build.lora, base=self.model_uri)
                 storage.publish(folder, uri, **facts)

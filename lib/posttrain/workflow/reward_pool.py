@@ -22,6 +22,7 @@ class RewardPool:
         function: str | Mapping[str, float] | None,
         *,
         model: str | None = None,
+        weights: Mapping[str, float] | None = None,
         timeout_s: float,
         workers: int = 1,
     ):
@@ -29,11 +30,13 @@ class RewardPool:
         Args:
             function: import path, or paths with their weights in a sum: see RewardWorker.
             model: folder of a reward model, in place of a function.
+            weights: of the outputs of one that has several.
             timeout_s: for one group, from when a process takes it.
         """
         self.cls, self.arguments = "posttrain.data.reward:RewardWorker", {"function": function}
         if model is not None:
-            self.cls, self.arguments = "posttrain.workflow.reward_model:RewardModel", {"folder": model}
+            self.cls = "posttrain.workflow.reward_model:RewardModel"
+            self.arguments = {"folder": model, "weights": weights}
         self.timeout_s = timeout_s
         self._idle: asyncio.Queue[tuple[int, Child | None]] = asyncio.Queue()
         for number in range(workers):

@@ -70,7 +70,7 @@ def test_tokens_are_those_of_the_whole_conversation_and_only_the_policys_are_tra
     ((rollout, _),) = play(tokenizer, "posttrain.data.guess_number:GuessNumber", [prompt], generate=generate)
     said = [
         {"role": "assistant", "content": "5"},
-        {"role": "tool", "content": "higher"},
+        {"role": "user", "content": "higher"},
         {"role": "assistant", "content": "7"},
     ]
     assert rollout.turns == tuple(said)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, one_hot
 
 from posttrain.data.types import Batch
 from posttrain.model.losses import Reads
@@ -27,6 +27,9 @@ class BradleyTerryLoss:
     documents_per_unit: ClassVar[int] = 2
     head: str = "score"
     center_coef: float = 0.0
+    bins: int = 0
+    """Of the probability that the answer with the higher score wins; above 0 the metrics tell how often it does in each
+    (see workflow/calibration.py)."""
 
     @property
     def task(self) -> str:
@@ -39,7 +42,7 @@ class BradleyTerryLoss:
         return 1.0
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = _scores(output, self.head)
+        scores = _scores(output, self.head).squeeze(-1)
         assert len(scores) % 2 == 0, f"{len(scores)} documents are not pairs"
         chosen, rejected = scores[0::2], scores[1::2]
         logit = chosen - rejected
@@ -49,17 +52,20 @@ class BradleyTerryLoss:
         if self.center_coef:
             loss = loss + self.center_coef * (chosen + rejected).square().sum()
         chosen, rejected = chosen.detach(), rejected.detach()
-        return loss, {
+        metrics = {
             "accuracy": (chosen > rejected).sum(),
             "margin": (chosen - rejected).sum(),
             "chosen_score": chosen.sum(),
             "rejected_score": rejected.sum(),
         }
+        return loss, metrics | _binned(chosen - rejected, chosen > rejected, self.bins)
 
 
 @dataclass(frozen=True)
 class PointwiseLoss:
     """Sum over documents of a distance between one head's score and the label batch.fields[label].
+
+    A document whose label is NaN has none, and adds nothing; metrics say what share is `labelled`.
 
     - mse: (score - label)^2, for ratings on a scale.
     - bce: -label log sigmoid(score) - (1 - label) log sigmoid(-score), for labels in [0, 1]; the score is a logit.
@@ -70,6 +76,12 @@ class PointwiseLoss:
     kind: Literal["mse", "bce"]
     label: str
     head: str = "score"
+    column: int = 0
+    """Which of the head's outputs."""
+    outputs: int = 1
+    """Outputs of the head."""
+    bins: int = 0
+    """bce: as in BradleyTerryLoss, of the probability of the likelier label."""
 
     @property
     def task(self) -> str:
@@ -83,17 +95,22 @@ class PointwiseLoss:
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.label in batch.fields, f"no document has a label {self.label!r}"
-        scores, labels = _scores(output, self.head), batch.fields[self.label]
+        scores, labels = _scores(output, self.head, self.outputs)[:, self.column], batch.fields[self.label]
         assert scores.shape == labels.shape, f"{len(scores)} scores for {len(labels)} labels"
+        known = ~labels.isnan()
+        # Chosen by where(), not by an index, whose size the host would have to wait for.
+        scores, labels = scores.where(known, 0), labels.where(known, 0)
         measured = scores.detach()
         match self.kind:
             case "mse":
                 loss = (scores - labels).square().sum()
                 metrics = {"abs_error": (measured - labels).abs().sum()}
             case "bce":
-                loss = binary_cross_entropy_with_logits(scores, labels, reduction="sum")
-                metrics = {"accuracy": ((measured > 0) == (labels > 0.5)).sum()}
-        return loss, metrics | {"score": measured.sum(), "label": labels.sum()}
+                losses = binary_cross_entropy_with_logits(scores, labels, reduction="none")
+                loss = losses.where(known, 0).sum()
+                right = ((measured > 0) == (labels > 0.5)) & known
+                metrics = {"accuracy": right.sum(), **_binned(measured, right, self.bins)}
+        return loss, metrics | {"score": measured.sum(), "label": labels.sum(), "labelled": known.sum()}
 
 
 @dataclass(frozen=True)
@@ -132,8 +149,18 @@ class MultiTaskLoss:
         return torch.stack(losses).sum(), metrics
 
 
-def _scores(output: Output, head: str) -> Tensor:
-    """[S] float32 scores of a head that gives one number a document."""
+def _scores(output: Output, head: str, outputs: int = 1) -> Tensor:
+    """[S, outputs] float32 scores of a head."""
     scores = output.scores[head]
-    assert scores.dim() == 2 and scores.shape[1] == 1, f"head {head!r} gives {tuple(scores.shape)}, not [S, 1]"
-    return scores.squeeze(-1)
+    assert scores.dim() == 2 and scores.shape[1] == outputs, f"{head!r} gives {scores.shape}, not [S, {outputs}]"
+    return scores
+
+
+def _binned(logit: Tensor, right: Tensor, bins: int) -> dict[str, Tensor]:
+    """Sums over predictions [n], by how sure they are: sigmoid(|logit|), from 0.5 to 1, in `bins` equal parts."""
+    if not bins:
+        return {}
+    sure = logit.abs().sigmoid()
+    members = one_hot(((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1), bins).to(sure.dtype)
+    sums = {"count": members.sum(0), "confidence": sure @ members, "accuracy": right.to(sure.dtype) @ members}
+    return {f"bin_{number}/{name}": value[number] for name, value in sums.items() for number in range(bins)}

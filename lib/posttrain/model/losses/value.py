@@ -24,6 +24,7 @@ class ValueLoss:
     policy: Loss
     """One that reads tokens, on batch.advantages."""
     coef: float = 0.1
+    """TRL's vf_coef."""
     clip: float = 0.2
     """In units of the reward."""
 
