@@ -58,8 +58,8 @@ def name_of(recipe: type[Section]) -> str:
 
 def kind(schema: dict[str, Any]) -> str:
     """A property's type and bounds, short."""
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(kind(option) for option in schema["anyOf"]))
+    if options := schema.get("anyOf", schema.get("oneOf")):
+        return " or ".join(dict.fromkeys(kind(option) for option in options))
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:

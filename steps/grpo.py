@@ -20,6 +20,7 @@ from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy
 from posttrain.workflow.policy_rank import Training
+from posttrain.workflow.rollout_file import RolloutFile
 from posttrain.workflow.stopping import StopSignal
 from steps.hardware import hardware
 from steps.recipes import build_of
@@ -76,7 +77,8 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
     uris_of_parts = {"model_uri": model_uri, "tokens_uri": tokens_uri}
     parts = await rollout_parts(config, **uris_of_parts, resources=resources, count=config.rollout.generators)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
-    seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), *observers])
+    kept = RolloutFile(storage.join(root, "rollouts"), parts.maker)
+    seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), kept, *observers])
     controller = Controller(
         Plan(
             num_steps=optim.num_steps,
@@ -105,6 +107,7 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
         "model_uri": await policy.export(storage.join(root, "trained_model")),
         "checkpoints": controller.saver.checkpoints.uri,
         "metrics": metrics_uri,
+        "rollouts": kept.uri,
         "steps": optim.num_steps,
         "reward_first": round(seen.history[0]["reward/mean"], 4),
         "reward_last": round(seen.history[-1]["reward/mean"], 4),

@@ -71,17 +71,20 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
 
 
 def _check_plugins(config: RunConfig) -> list[str]:
-    plugins = {"reward.function": config.reward.function} if config.reward and config.reward.function else {}
+    scored_by = config.reward.function if config.reward else None
+    plugins = [("reward.function", path) for path in ([scored_by] if isinstance(scored_by, str) else scored_by or ())]
+    if config.rollout.environment:
+        plugins.append(("rollout.environment", config.rollout.environment))
     if ":" in config.rollout.generator:
-        plugins["rollout.generator"] = config.rollout.generator
+        plugins.append(("rollout.generator", config.rollout.generator))
     if config.tracking.custom:
-        plugins["tracking.custom"] = config.tracking.custom
+        plugins.append(("tracking.custom", config.tracking.custom))
     problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
     if config.parallel.orchestrator == "verl" and not verl_is_installed():
         problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
     if config.rollout.generator == "vllm" and not vllm_is_installed():
         problems.append("rollout.generator: vllm is not installed. Fix: pip install 'posttrain[vllm]', on Linux")
-    for key, path in plugins.items():
+    for key, path in plugins:
         try:
             found = resolve(path, key=key)
         except ConfigError as error:

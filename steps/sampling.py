@@ -12,6 +12,7 @@ from posttrain.config_method import GRPO
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.plugin import resolve
+from posttrain.workflow.environments import Environments
 from posttrain.workflow.generators import Generators
 from posttrain.workflow.reward_pool import RewardPool
 from posttrain.workflow.rollouts import Limit, Prompts, RolloutMaker, Sampling, Shaping
@@ -49,9 +50,11 @@ async def rollout_parts(
         max_failures=config.rollout.max_failures,
     )
     judge = None if config.reward.model is None else locate(config.reward.model, config)
-    weights = config.reward.heads or None
-    rewards = RewardPool(config.reward.function, model=judge, weights=weights, timeout_s=config.reward.timeout_s)
-    await rewards.ready()
+    limits: dict[str, Any] = {"timeout_s": config.reward.timeout_s, "workers": config.reward.workers}
+    limits["weights"] = config.reward.heads or None
+    rewards = RewardPool(config.reward.function, model=judge, **limits) if config.reward.function or judge else None
+    if rewards is not None:
+        await rewards.ready()
     maker = RolloutMaker(
         generators,
         rewards,
@@ -63,9 +66,11 @@ async def rollout_parts(
         ),
         limits={
             "reward_error": Limit(config.reward.max_failures, "a failed reward", "reward.max_failures"),
+            "environment_error": Limit(config.reward.max_failures, "a failed environment", "reward.max_failures"),
             "generation_error": Limit(config.rollout.max_failures, "a failed generator", "rollout.max_failures"),
         },
         shaping=_shaping(config),
+        environments=_environments(config, tokenizer),
     )
     folder = storage.fetch(tokens_uri)
     names = prompt_sets(config)
@@ -98,6 +103,14 @@ def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardwar
             cls = resolve(path, key="rollout.generator")
             pool = replace(pool, concurrency=getattr(cls, "concurrency", pool.concurrency))
     return ActorGroup("generator", cls, [arguments] * count, pool)
+
+
+def _environments(config: RunConfig, tokenizer: BaseHFModelTokenizer) -> Environments | None:
+    assert config.reward is not None, "as above"
+    if config.rollout.environment is None:
+        return None
+    limits = {"turn_s": config.reward.timeout_s, "workers": config.reward.workers}
+    return Environments(config.rollout.environment, tokenizer=tokenizer, **limits)
 
 
 def _shaping(config: RunConfig) -> Shaping:

@@ -12,6 +12,7 @@ from posttrain.config_data import Data, DataSource
 from posttrain.config_method import DPO, GRPO, SFT, Distill, Method, RewardModel
 from posttrain.config_model import FreshModel, LoRA, Model, Origin
 from posttrain.config_parallel import Parallel
+from posttrain.config_reward import Reward
 from posttrain.config_section import Plugin, Section
 
 __all__ = [
@@ -82,6 +83,8 @@ class Rollout(Section):
     sleep: bool = False
     """vLLM gives the memory of a GPU back while a policy rank on the same GPU trains: for models that would not fit
     beside it, slower."""
+    environment: Plugin | None = None
+    """Your own class with `async def rollout(row, talk)`: episodes of several turns, in the place of one completion."""
     prompts_per_step: int = Field(default=64, ge=1)
     """Groups in one optimizer step."""
     temperature: float = Field(default=1.0, gt=0)
@@ -98,32 +101,6 @@ class Rollout(Section):
     max_failures: int = Field(default=2, ge=0)
     """Generators that may die and are replaced, and groups that may be dropped because a generator raised; one more of
     either stops the run."""
-
-
-class Reward(Section):
-    """What a completion is worth: by `function`, or by a reward model."""
-
-    function: Plugin | None = None
-    """`f(row, completion) -> float`, or a dict of named parts that sum to the reward."""
-    model: str | None = None
-    """A folder with the head `score`, as the recipe reward exports it (local or s3://), or run:RewardFlow/ID; it reads
-    the row's messages and the completion, on a CPU."""
-    timeout_s: float = Field(default=10, gt=0)
-    """Deadline for one group, seconds; then its process is killed."""
-    max_failures: int = Field(default=20, ge=0)
-    """Groups that training may drop because their reward failed, and rows that an evaluation may leave out; one
-    more stops the run."""
-    heads: dict[str, float] = Field(default={})
-    """Of a reward model with several ratings: rating -> weight in the sum that is the reward; each part is logged."""
-
-    @model_validator(mode="after")
-    def one_judge(self):
-        if (self.function is None) == (self.model is None):
-            state = "both are" if self.function else "neither is"
-            raise ValueError(f"set exactly one of function and model ({state} set); null drops one that the base has")
-        if self.heads and self.model is None:
-            raise ValueError("heads are of a reward model; set model, or leave heads out")
-        return self
 
 
 class Checkpoint(Section):
@@ -225,6 +202,8 @@ class RunConfig(Section):
         if self.reward is None and self.samples_completions:
             who = "method grpo" if name == "grpo" else "eval.prompts"
             problems.append(f"reward: required, and not set; {who} has completions scored: set reward.function")
+        if self.reward and not (self.reward.function or self.reward.model or self.rollout.environment):
+            problems.append("reward.function: required, and not set; or set reward.model, or rollout.environment")
         if name == "grpo" and self.data.prompts is None:
             problems.append("data.prompts: required, and not set; method grpo trains on the answers to them")
         if name != "grpo" and not self.data.sources:

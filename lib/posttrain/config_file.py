@@ -68,7 +68,7 @@ def _document(text: str, *, where: str, seen: tuple[Path, ...]) -> dict[str, Any
 
 def _put(target: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set a dotted key; a mapping is merged into the section it names, null removes what the base set."""
-    *parents, leaf = key.split(".")
+    *parents, leaf = [key] if ":" in key else key.split(".")  # an import path, as reward.function may have for a key
     for parent in parents:
         below = target.get(parent)
         if below is not None and not isinstance(below, dict):

@@ -73,6 +73,10 @@ class RewardError(PosttrainError, RuntimeError):
     """A reward raised, timed out, or returned something that is not a finite number."""
 
 
+class EpisodeError(PosttrainError, RuntimeError):
+    """An environment raised, hung, died, or said what cannot be a turn."""
+
+
 class SyncError(PosttrainError, RuntimeError):
     """The generator does not hold the weights that the policy sent."""
 

@@ -310,6 +310,22 @@ def test_what_is_not_a_yaml_mapping_is_refused(text, message):
     assert str(error.value).startswith(message)
 
 
+def test_rewards_may_be_summed_and_an_override_may_change_one_weight():
+    exact, regex = "posttrain.data.verifiers:exact", "posttrain.data.verifiers:regex"
+    config = load({"reward.function": {exact: 1, regex: 0.2}})
+    assert config.reward.function == {exact: 1.0, regex: 0.2}
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    changed = load({"reward": {"function": {exact: 1, regex: 0.2}}, "reward.function": {regex: 0.5}})
+    assert changed.reward.function == {exact: 1.0, regex: 0.5}
+
+
+def test_a_sum_of_rewards_is_told_by_what_is_wrong_in_it():
+    (found,) = refusal({"reward.function": {"posttrain.data.verifiers:exact": "high"}})
+    assert found.startswith("reward.function.posttrain.data.verifiers:exact: input should be a valid number")
+    (found,) = refusal({"reward.function": {"posttrain.data.verifiers:exact": 0}})
+    assert "no weight is other than zero" in found
+
+
 def test_a_broken_base_is_named(tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text("optim: [")

@@ -19,9 +19,9 @@ GRACE_S = 2.0
 """For processes that end by themselves, seconds."""
 
 
-def marked(value: str) -> list[int]:
-    """Processes, this one excluded, that started with MARK=value in their environment."""
-    wanted = f"{MARK}={value}".encode()
+def marked(value: str, *, name: str = MARK) -> list[int]:
+    """Processes, this one excluded, that started with name=value in their environment."""
+    wanted = f"{name}={value}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -24,15 +24,16 @@ def group_units(group: Sequence[Rollout], advantages: Sequence[float], *, by_seq
     units = []
     for rollout, advantage in zip(group, advantages, strict=True):
         prompt, completion = rollout.prompt.token_ids, rollout.token_ids
-        silent, trained = [0.0] * len(prompt), len(completion)
-        weight = 1.0 / trained if by_sequence else 1.0
+        silent = [0.0] * len(prompt)
+        mask = rollout.loss_mask or (1.0,) * len(completion)
+        weight = 1.0 / sum(mask) if by_sequence else 1.0
         units.append(
             (
                 shift(
                     prompt + completion,
-                    silent + [weight] * trained,
+                    silent + [weight * each for each in mask],
                     sampler_logprobs=silent + list(rollout.logprobs),
-                    advantages=silent + [advantage] * trained,
+                    advantages=silent + [advantage * each for each in mask],
                 ),
             )
         )

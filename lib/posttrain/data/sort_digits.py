@@ -5,11 +5,14 @@ neighbouring digits swapped), so imitation alone reaches partial skill, and the 
 knows what the demonstrations do not. Held-out rows never occur in the other two sets.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posttrain.data.types import Row
+if TYPE_CHECKING:  # types.py brings torch, which the processes that score have no use for
+    from posttrain.data.types import Row
 
 MIN_DIGITS, MAX_DIGITS = 4, 8
 CARELESS = 0.6

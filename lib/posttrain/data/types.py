@@ -183,6 +183,12 @@ class Rollout:
     """None until scored; a failed reward drops the group and is never 0."""
     parts: dict[str, float] = field(default_factory=dict)
     """Named components of the reward."""
+    loss_mask: tuple[float, ...] | None = None
+    """[C] 0 on tokens that an environment wrote, else 1; None is 1 everywhere."""
+    turns: tuple[dict[str, str], ...] = ()
+    """The messages after the prompt, where an environment took part: the policy's and the environment's."""
+    latency_s: float = 0.0
+    """Seconds from when its group was asked for to when it was sampled."""
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

@@ -31,6 +31,7 @@ class Evaluator:
             decode=maker.decode,
             sampling=replace(maker.sampling, seed=EVAL_SEED),
             limits=maker.limits,
+            environments=maker.environments,
         )
         self.prompts = prompts.in_order()
 

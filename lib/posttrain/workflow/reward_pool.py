@@ -1,66 +1,88 @@
-"""The process that scores groups, started anew when it dies, hangs or passes its deadline."""
+"""The processes that score groups, side by side; one that dies, hangs or passes its deadline is killed and replaced."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from posttrain.compute.pool import Pool
-from posttrain.compute.workers import ActorGroup
-from posttrain.data.reward import RewardWorker
+from posttrain.compute.child import Child
 from posttrain.data.types import Row
 from posttrain.errors import ComputeError, RewardError
-from posttrain.workflow.reward_model import RewardModel
 
 START_SECONDS = 120
 """For a reward process to start and import its function."""
 
+Scores = list[tuple[float, dict[str, float]]]
+
 
 class RewardPool:
-    """One process that scores; killed and started anew when a group passes its deadline."""
+    """`workers` processes, each with one group at a time. A group's scores do not depend on which one has it."""
 
     def __init__(
         self,
-        function: str | None,
+        function: str | Mapping[str, float] | None,
         *,
         model: str | None = None,
         weights: Mapping[str, float] | None = None,
         timeout_s: float,
+        workers: int = 1,
     ):
         """
         Args:
+            function: import path, or paths with their weights in a sum: see RewardWorker.
             model: folder of a reward model, in place of a function.
             weights: of the outputs of one that has several.
+            timeout_s: for one group, from when a process takes it.
         """
-        self.worker = (RewardWorker, {"function": function})
+        self.cls, self.arguments = "posttrain.data.reward:RewardWorker", {"function": function}
         if model is not None:
-            self.worker = (RewardModel, {"folder": model, "weights": weights})
+            self.cls = "posttrain.workflow.reward_model:RewardModel"
+            self.arguments = {"folder": model, "weights": weights}
         self.timeout_s = timeout_s
-        self.workers = self._start()
-        self._turn = asyncio.Lock()
-        """Many groups ask at once; each has its deadline from when it is scored."""
+        self._idle: asyncio.Queue[tuple[int, Child | None]] = asyncio.Queue()
+        for number in range(workers):
+            self._idle.put_nowait((number, None))
 
-    async def score(self, row: Row, completions: Sequence[str]) -> list[tuple[float, dict[str, float]]]:
-        """Rewards of one group.
+    async def score(self, row: Row, completions: Sequence[str]) -> Scores:
+        """Rewards of one group, once a process is free.
 
         Raises:
             RewardError: the function failed, died, or did not answer in time.
+            ConfigError: there is no such function.
         """
-        async with self._turn:
-            try:
-                return await self.workers.call_one(0, "score", row, list(completions), timeout_s=self.timeout_s)
-            except ComputeError as error:
-                self.workers.kill()
-                self.workers = self._start()
-                await self.ready()
-                raise RewardError(str(error)) from None
+        number, child = await self._idle.get()
+        sound = False
+        try:
+            child = child or await self._start(number)
+            answer = await child.call("score", row, list(completions), timeout_s=self.timeout_s)
+            sound = True
+        except RewardError:
+            sound = True
+            raise
+        except ComputeError as error:
+            raise RewardError(str(error)) from None
+        finally:
+            if not sound and child is not None:
+                child.kill()
+            self._idle.put_nowait((number, child if sound else None))
+        return _paired(answer, count=len(completions))
 
     async def ready(self) -> None:
-        """Wait until the process has imported the function: its first call is then not charged for that.
+        """Wait until every process has imported the function.
 
         Raises:
-            ComputeError: it did not come up in START_SECONDS.
+            ComputeError: one did not come up in START_SECONDS.
+            ConfigError: there is no such function.
         """
-        await self.workers.call_one(0, "ready", timeout_s=START_SECONDS)
+        waiting = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+        started = await asyncio.gather(*(self._start(number) for number, _ in waiting))
+        for (number, _), child in zip(waiting, started, strict=True):
+            self._idle.put_nowait((number, child))
 
-    def _start(self) -> ActorGroup:
-        cls, arguments = self.worker
-        return ActorGroup("reward", cls, [arguments], Pool(cpus=0))
+    async def _start(self, number: int) -> Child:
+        return await Child.start(f"reward {number}", self.cls, self.arguments, timeout_s=START_SECONDS)
+
+
+def _paired(answer: Any, *, count: int) -> Scores:
+    if len(answer) != count:
+        raise RewardError(f"{len(answer)} rewards for {count} completions")
+    return [(reward, parts) for reward, parts in answer]

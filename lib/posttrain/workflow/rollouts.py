@@ -3,6 +3,7 @@
 Who calls decides how many are under way at once, and what becomes of those that are dropped.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,11 +12,15 @@ from posttrain.data.advantage import overlong_penalty
 from posttrain.data.order import draw
 from posttrain.data.rollout import request_seed
 from posttrain.data.types import Prompt, Rollout, Row
-from posttrain.errors import GenerationError, PosttrainError, RewardError
+from posttrain.errors import EpisodeError, GenerationError, PosttrainError, RewardError
+from posttrain.workflow.environments import Environments, last_turn
 from posttrain.workflow.generators import Generators
 from posttrain.workflow.reward_pool import RewardPool
 
 Group = list[Rollout]
+
+MOST_DROPPED = 1_000
+"""Dropped groups that are held for who keeps rollouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +31,8 @@ class Dropped:
     """What it is counted under: "reward_error", "generation_error", "no_signal"."""
     error: PosttrainError | None = None
     """What failed, if anything did."""
+    rollouts: tuple[Rollout, ...] = ()
+    """The group, where it was scored."""
 
 
 class Prompts:
@@ -94,15 +101,19 @@ class RolloutMaker:
     def __init__(
         self,
         generators: Generators,
-        rewards: RewardPool,
+        rewards: RewardPool | None,
         *,
         decode: Callable[[Sequence[int]], str],
         sampling: Sampling,
         limits: dict[str, Limit],
         shaping: Shaping = Shaping(),
+        environments: Environments | None = None,
     ):
         self.generators, self.rewards, self.decode = generators, rewards, decode
         self.sampling, self.limits, self.shaping = sampling, limits, shaping
+        self.environments = environments
+        self.dropped: list[tuple[Prompt, Dropped]] = []
+        """For whoever keeps rollouts, who empties it; the latest MOST_DROPPED."""
 
     async def make(
         self,
@@ -123,15 +134,45 @@ class RolloutMaker:
         """
         temperature = self.sampling.temperature if temperature is None else temperature
         try:
-            requests = [self._request(prompt, sample, temperature) for sample in range(group_size)]
-            completions = await self.generators.generate(requests, began)
-            group = [self._rollout(prompt, sample, completion) for sample, completion in enumerate(completions)]
-            scores = await self.rewards.score(prompt.row, [rollout.text for rollout in group])
+            start = time.monotonic()
+            group = await self._sample(prompt, group_size, temperature, began)
+            latency_s = time.monotonic() - start
+            group = await self._scored([replace(rollout, latency_s=latency_s) for rollout in group])
         except GenerationError as error:
-            return _dropped(prompt, "generation_error", error)
+            return self._drop(prompt, Dropped(reason="generation_error", error=error))
+        except EpisodeError as error:
+            return self._drop(prompt, Dropped(reason="environment_error", error=error))
         except RewardError as error:
-            return _dropped(prompt, "reward_error", error)
-        return self._shaped([replace(r, reward=x, parts=parts) for r, (x, parts) in zip(group, scores, strict=True)])
+            return self._drop(prompt, Dropped(reason="reward_error", error=error))
+        made = self._shaped(group)
+        return self._drop(prompt, made) if isinstance(made, Dropped) else made
+
+    async def _sample(self, prompt: Prompt, group_size: int, temperature: float, began: Callable[[], None]) -> Group:
+        requests = [self._request(prompt, sample, temperature) for sample in range(group_size)]
+        if self.environments is None:
+            completions = await self.generators.generate(requests, began)
+            return [self._rollout(prompt, sample, completion) for sample, completion in enumerate(completions)]
+        return await self.environments.play(
+            prompt,
+            requests,
+            lambda asked: self.generators.generate(asked, began),
+            lambda sample, turn: request_seed(self.sampling.seed, prompt.uid, sample, attempt=turn),
+        )
+
+    async def _scored(self, group: Group) -> Group:
+        """The group with its rewards, where an environment has not given them."""
+        if all(rollout.reward is not None for rollout in group):
+            return group
+        if self.rewards is None:
+            raise RewardError("the environment gave no reward, and the config has none: set reward.function")
+        scores = await self.rewards.score(group[0].prompt.row, [last_turn(rollout) for rollout in group])
+        return [replace(r, reward=x, parts=parts) for r, (x, parts) in zip(group, scores, strict=True)]
+
+    def _drop(self, prompt: Prompt, dropped: Dropped) -> Dropped:
+        if dropped.error is not None:
+            print(f"dropped prompt {prompt.uid}: {dropped.error}", flush=True)
+        self.dropped = [*self.dropped[1 - MOST_DROPPED :], (prompt, dropped)]
+        return dropped
 
     def _shaped(self, group: Group) -> Group | Dropped:
         """The group with the cost of its length, if it teaches anything."""
@@ -139,7 +180,7 @@ class RolloutMaker:
         if buffer is not None:
             group = [_with_length_cost(rollout, max_tokens=longest, buffer=buffer) for rollout in group]
         silent = len({rollout.reward for rollout in group}) == 1
-        return Dropped(reason="no_signal") if silent and self.shaping.replace_silent else group
+        return Dropped(reason="no_signal", rollouts=tuple(group)) if silent and self.shaping.replace_silent else group
 
     def _request(self, prompt: Prompt, sample: int, temperature: float) -> Request:
         return Request(
@@ -159,11 +200,6 @@ class RolloutMaker:
             finish_reason=completion.finish_reason,
             text=self.decode(completion.token_ids),
         )
-
-
-def _dropped(prompt: Prompt, reason: str, error: PosttrainError) -> Dropped:
-    print(f"dropped prompt {prompt.uid}: {error}", flush=True)
-    return Dropped(reason=reason, error=error)
 
 
 def _with_length_cost(rollout: Rollout, *, max_tokens: int, buffer: int) -> Rollout:

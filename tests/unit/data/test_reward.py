@@ -90,6 +90,45 @@ def test_a_long_completion_is_shown_in_part():
     assert len(str(error.value)) < 500
 
 
+def half(row, completion):
+    return 0.5
+
+
+def per_group(row, completions):
+    return row["value"] if "value" in row else [float(len(each)) for each in completions]
+
+
+def test_a_weighted_sum_keeps_the_parts_as_they_were():
+    paths = {f"{__name__}:half": 2.0, f"{__name__}:has_parts": 0.1, f"{__name__}:returns_a_bool": -1.0}
+    assert RewardWorker(paths).score({"answer": "13"}, ["13"]) == [
+        (
+            2.0 * 0.5 + 0.1 * 3.0 - 1.0,
+            {"half": 0.5, "has_parts_length": 2.0, "has_parts_answer": 1.0, "returns_a_bool": 1.0},
+        )
+    ]
+
+
+def test_functions_of_one_name_are_told_apart_by_their_paths():
+    ours = f"{__name__}:half"
+    ((value, parts),) = RewardWorker({ours: 1.0, "bad_rewards:half": 1.0}).score({}, ["x"])
+    assert (value, parts) == (1.5, {ours: 0.5, "bad_rewards:half": 1.0})
+
+
+def test_a_function_of_completions_gets_the_group_at_once():
+    assert worker(per_group).score({}, ["a", "bb"]) == [(1.0, {"reward": 1.0}), (2.0, {"reward": 2.0})]
+
+
+@pytest.mark.parametrize("value", [[1.0], [1.0, 2.0, 3.0], 1.0, None, "ab", {"a": 1, "b": 2}], ids=str)
+def test_a_group_with_another_number_of_rewards_is_an_error(value):
+    with pytest.raises(RewardError, match=rf"{__name__}:per_group returned .*, not a value for each of 2; asked 'q'"):
+        worker(per_group).score({"value": value, "messages": [{"content": "q"}]}, ["a", "bb"])
+
+
+def test_one_bad_value_of_a_group_is_named():
+    with pytest.raises(RewardError, match=r"per_group, completion 1: reward is nan, not a finite number"):
+        worker(per_group).score({"value": [1.0, math.nan]}, ["a", "bb"])
+
+
 def test_a_function_that_does_not_exist_is_refused_before_anything_is_scored():
     with pytest.raises(ConfigError, match=r"reward\.function"):
         RewardWorker("posttrain.data.sort_digits:rewrad")
