@@ -69,7 +69,8 @@ def be_rank(rank: int, ranks: int, uri: str, options: dict[str, Any], pipe: Any)
     from posttrain.compute.collective import MeetingPoint
     from posttrain.compute.mesh import Sizes
     from posttrain.model.losses.sft import SFTLoss
-    from posttrain.workflow.policy_rank import PolicyRank, Training
+    from posttrain.workflow.policy_rank import PolicyRank
+    from posttrain.workflow.training import Training
 
     training = Training(
         num_steps=100,

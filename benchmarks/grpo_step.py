@@ -76,7 +76,8 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.fsdp_scaling import write_model
     from posttrain.compute.collective import MeetingPoint
     from posttrain.compute.mesh import Sizes
-    from posttrain.workflow.policy_rank import PolicyRank, Training
+    from posttrain.workflow.policy_rank import PolicyRank
+    from posttrain.workflow.training import Training
 
     device, longest = "cuda" if torch.cuda.is_available() else "cpu", options.prompt + options.new
     assert options.pack_tokens >= longest, "a rollout must fit in a pack"

@@ -55,7 +55,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from posttrain.compute.collective import MeetingPoint
     from posttrain.compute.mesh import Sizes
     from posttrain.model.losses.sft import SFTLoss
-    from posttrain.workflow.policy_rank import PolicyRank, Training
+    from posttrain.workflow.policy_rank import PolicyRank
+    from posttrain.workflow.training import Training
 
     settings = {
         "num_steps": 100,

@@ -38,7 +38,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from posttrain.compute.mesh import Sizes
     from posttrain.model.losses import count
     from posttrain.workflow.policy_model import Build
-    from posttrain.workflow.policy_rank import PolicyRank, Training
+    from posttrain.workflow.policy_rank import PolicyRank
+    from posttrain.workflow.training import Training
 
     on_gpu, vocab = torch.cuda.is_available(), SIZES[case["size"]][-1]
     settings = {"lr": 1e-5, "schedule": "constant", "warmup_steps": 0, "betas": (0.9, 0.95), "weight_decay": 0.0}

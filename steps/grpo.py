@@ -19,9 +19,9 @@ from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy
-from posttrain.workflow.policy_rank import Training
 from posttrain.workflow.rollout_file import RolloutFile
 from posttrain.workflow.stopping import StopSignal
+from posttrain.workflow.training import Training
 from steps.hardware import hardware
 from steps.recipes import build_of
 from steps.sampling import rollout_parts, weights_way

@@ -13,7 +13,7 @@ from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.calibration import BINS
 from posttrain.workflow.measures import NOT_JUDGED, REWARDS, in_order, pass_names
 from posttrain.workflow.policy_model import Build
-from posttrain.workflow.policy_rank import Training
+from posttrain.workflow.training import Training
 
 WARMUP = "warmup"
 """The stage before the recipe proper; the recipe's own is called as the method."""

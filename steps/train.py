@@ -21,8 +21,8 @@ from posttrain.workflow.loop import LoopPlan
 from posttrain.workflow.loop import train as run_loop
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy
-from posttrain.workflow.policy_rank import Training
 from posttrain.workflow.stopping import StopSignal
+from posttrain.workflow.training import Training
 from steps.annotate import annotate, needs_reference
 from steps.hardware import Hardware, hardware
 from steps.recipes import WARMUP, build_of, loss_of, packs_per_step, training_of

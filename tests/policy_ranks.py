@@ -28,7 +28,8 @@ from posttrain.model.losses import count
 from posttrain.model.losses.dpo import DPOLoss
 from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.policy_model import Build
-from posttrain.workflow.policy_rank import PolicyRank, Training
+from posttrain.workflow.policy_rank import PolicyRank
+from posttrain.workflow.training import Training
 from saves import checkpoints
 
 PACK_TOKENS, PACKS, VOCABULARY = 512, 4, 97

@@ -17,7 +17,8 @@ from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.model.losses.sft import SFTLoss
-from posttrain.workflow.policy_rank import PolicyRank, Training
+from posttrain.workflow.policy_rank import PolicyRank
+from posttrain.workflow.training import Training
 from tiny import tiny_model
 from tiny_families import random_config, random_model
 

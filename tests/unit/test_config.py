@@ -340,7 +340,7 @@ def test_a_config_survives_the_trip_through_plain_data():
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "reward", "distill", "grpo"])
-def test_a_recipe_has_fewer_than_ninety_keys(name):
+def test_a_recipe_has_fewer_than_a_hundred_keys(name):
     def keys(section):
         for field in section.model_fields.values():
             options = [field.annotation, *getattr(field.annotation, "__args__", ())]
@@ -348,7 +348,7 @@ def test_a_recipe_has_fewer_than_ninety_keys(name):
             below = [o for o in below if "name" not in o.model_fields or name in str(o.model_fields["name"].annotation)]
             yield from keys(below[0]) if below else [field]
 
-    assert 20 < len(list(keys(RunConfig))) < 90
+    assert 20 < len(list(keys(RunConfig))) < 100
 
 
 def test_reading_a_config_imports_nothing_heavy():

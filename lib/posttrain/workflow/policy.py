@@ -12,8 +12,9 @@ from posttrain.data.types import Pack
 from posttrain.model.losses import Loss, count
 from posttrain.workflow.costs import Costs
 from posttrain.workflow.policy_model import Build, Scores
-from posttrain.workflow.policy_rank import PolicyRank, Training
+from posttrain.workflow.policy_rank import PolicyRank
 from posttrain.workflow.straggler import Stragglers, imbalance
+from posttrain.workflow.training import Training
 
 
 class Policy:

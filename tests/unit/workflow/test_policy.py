@@ -19,7 +19,8 @@ from posttrain.data.types import Pack
 from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.costs import Costs
 from posttrain.workflow.policy import Policy
-from posttrain.workflow.policy_rank import PolicyRank, Training
+from posttrain.workflow.policy_rank import PolicyRank
+from posttrain.workflow.training import Training
 from tiny_families import random_config, random_model
 
 TRAINING = Training(

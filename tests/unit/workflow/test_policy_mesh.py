@@ -16,7 +16,8 @@ from posttrain.model.losses.policy_gradient import ClippedLoss
 from posttrain.model.losses.value import ValueLoss
 from posttrain.workflow.policy import Policy
 from posttrain.workflow.policy_model import Build
-from posttrain.workflow.policy_rank import PolicyRank, Training
+from posttrain.workflow.policy_rank import PolicyRank
+from posttrain.workflow.training import Training
 from tiny_families import random_config, random_model
 
 TRAINING = Training(

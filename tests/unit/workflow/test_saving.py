@@ -15,9 +15,10 @@ from posttrain.data.sample import shift
 from posttrain.errors import StorageError
 from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.clock import SaveClock
-from posttrain.workflow.policy_rank import PolicyRank, Training
+from posttrain.workflow.policy_rank import PolicyRank
 from posttrain.workflow.saving import LOST_WORK_SAVES, Saver
 from posttrain.workflow.stopping import StopSignal
+from posttrain.workflow.training import Training
 from saves import checkpoints
 from small_disk import small_disk
 from tiny_families import random_config, random_model
