@@ -56,7 +56,7 @@ def test_driver_killed_between_steps_resumes_bitwise(base: Prepared, uninterrupt
 @pytest.mark.parametrize(
     ("fault", "who"),
     [
-        ("engine.before_update.1@4", "policy 1 died during train_step"),
+        pytest.param("engine.before_update.1@4", "policy 1 died during train_step", marks=pytest.mark.slow),
         pytest.param("engine.before_update.0@3", "policy 0 died during train_step", marks=pytest.mark.slow),
         pytest.param("policy.train_step.1@6", "policy 1 died during train_step", marks=pytest.mark.slow),
         pytest.param("checkpoint.after_snapshot.0@2", "policy 0 died during ", marks=pytest.mark.slow),

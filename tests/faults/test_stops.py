@@ -179,7 +179,7 @@ def test_a_stopped_rank_ends_the_run_at_the_deadline_with_its_host_and_all_stack
     wait_for(running, tmp_path, f"warmup 4/{STEPS}")
     assert running.wait(timeout=deadline_s + 30) not in (0, EXIT_CODE)
     log = (tmp_path / "log").read_text()
-    assert re.search(rf"ComputeError: policy [01]: train_step\(\) did not finish within {deadline_s} s", log)
+    assert re.search(rf"WorkerHungError: policy [01]: train_step\(\) did not finish within {deadline_s} s", log)
     assert re.search(r"policy 1 is process \d+ on \S+ and does not answer", log)
     assert "--- policy 0, process" in log and "all_reduce" in log, "the living rank's stacks"
 

@@ -27,6 +27,7 @@ def test_one_failing_prompt_is_dropped_and_replaced(tmp_path: Path):
     assert result["ledger"]["drawn"] == 9 * 4 + 1
 
 
+@pytest.mark.slow
 def test_a_failing_held_out_row_is_left_out_of_the_evaluation_only(tmp_path: Path, capsys: pytest.CaptureFixture):
     result = run(tmp_path, "one_held_out_row_raises")
     assert result["ledger"]["dropped"] == {}
@@ -47,6 +48,7 @@ def test_a_reward_that_keeps_failing_stops_the_run_past_its_budget(tmp_path: Pat
         run(tmp_path, function, **{"reward.max_failures": 2, "reward.timeout_s": 1})
 
 
+@pytest.mark.slow
 def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
     result = run(tmp_path, "varies_for_half_of_the_prompts", **{"method.replace_silent": True})
     ledger = result["ledger"]

@@ -35,7 +35,7 @@ NOT_JUDGED = frozenset({"mean_tokens", "margin"})
 
 def measured(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Keys of measures that every model of an evaluation has, in the order of LABELS."""
-    first = next(iter(evaluation.values()))
+    first = next(iter(evaluation.values()), {})
     shared = [name for name in first if all(name in found for found in evaluation.values())]
     return in_order(shared)
 
