@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two files at once: much of a test with Ray is waiting for processes to start.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: run test test-slow test-verl test-trackers test-vllm lint docs bench clean
 .DEFAULT_GOAL := run
@@ -22,10 +24,10 @@ test: $(READY)  ## lint, types and the tests that take minutes together
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the tests that `make test` leaves out: more kills, more faults
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 # These lanes get environments of their own that see the main one's packages: verl is installed without its
 # dependencies, which would pull a trainer and hold transformers back, MLflow wants an older pyarrow, and vLLM's build
