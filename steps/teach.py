@@ -18,7 +18,7 @@ from posttrain.errors import DataError
 from posttrain.model.backend import backend_of
 from posttrain.workflow.teacher import Teacher
 from steps.annotate import FOLDER
-from steps.streams import HELD_OUT_UNITS, RESERVED, shares_of, store_sources, stored_sources
+from steps.streams import HELD_OUT_SLICES, HELD_OUT_UNITS, RESERVED, shares_of, store_sources, stored_sources
 
 HELD_OUT = -1
 """Stands for the held-out rows in a share, where the number of a source stands."""
@@ -89,6 +89,8 @@ def merge_taught(config: RunConfig, *, root: str, tokens_uri: str, parts: Sequen
         shutil.copyfile(tokens / RESERVED, folder / RESERVED)
         (held_out,) = (part["uri"] for part in parts if part["source"] == HELD_OUT)
         shutil.copyfile(storage.fetch(held_out) / "units.parquet", folder / HELD_OUT_UNITS)
+        if (tokens / HELD_OUT_SLICES).exists():
+            shutil.copyfile(tokens / HELD_OUT_SLICES, folder / HELD_OUT_SLICES)
 
     storage.ensure_folder(uri, write)
     return uri

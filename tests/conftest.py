@@ -5,7 +5,7 @@ from uuid import uuid4
 
 import pytest
 
-# Ray reads it when it is imported, which a test may do before the first that brings a cluster up: see compute/cluster.py.
+# Ray reads it when it is imported, which a test may do before the first that brings a cluster up (compute/cluster.py).
 os.environ["RAY_AUTH_MODE"] = "token"
 
 

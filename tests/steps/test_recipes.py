@@ -198,7 +198,7 @@ def test_a_teacher_that_wrote_down_everything_trains_as_one_that_is_there(tmp_pa
 
 @pytest.mark.slow
 def test_a_student_learns_from_what_its_teacher_wrote_and_resumes_to_the_same_bytes(tmp_path: Path):
-    config = recipe_config("distill", **{"optim.lr": 1e-2, "method.top_k": 8})
+    config = recipe_config("distill", **{"optim.lr": 2e-3, "method.top_k": 8})
     base = prepared(tmp_path, config)
     base = replace(base, tokens_uri=taught(config, base))
     whole = result_of(trained(config, base, tmp_path))
