@@ -11,14 +11,13 @@ is named on stderr and leaves the others alone; the exit status is then 1.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import row, write
+from benchmarks.report import in_a_process, row, write
 from benchmarks.shapes import SIZES, hf_config
 
 GIB = 2**30
@@ -134,7 +133,7 @@ def main() -> None:
             estimated(case),
             f"Qwen3 {size}, {options.packs} x {options.tokens} tokens, {precision}, {mode}",
         )
-        found = _in_a_process(case, options.timeout)
+        found = in_a_process("benchmarks.memory", case, timeout_s=options.timeout)
         if isinstance(found, str):
             failed.append(name)
             print(f"{name}: estimated {expected['tensors']:.2f} GiB, failed: {found}", file=sys.stderr, flush=True)
@@ -144,18 +143,6 @@ def main() -> None:
         rows.append(made | {"error": error, "estimate": expected, "measured": found})
     write("memory", rows, options.out)
     sys.exit(1 if failed else 0)
-
-
-def _in_a_process(case: dict[str, Any], timeout: float) -> dict[str, Any] | str:
-    """What measure() returns, or why it did not."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(case)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return f"not done after {timeout:g} s"
-    if done.returncode:
-        return done.stderr.strip()[-1500:] or f"exit status {done.returncode}"
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ stderr and leaves the others alone; the exit status is then 1.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report import row, write
+from benchmarks.report import in_a_process, row, write
 from benchmarks.shapes import SIZES, hf_config
 
 TEACHERS = {"tiny": "tiny", "0.6b": "1.7b", "1.7b": "4b"}
@@ -156,7 +155,7 @@ def main() -> None:
     for size, recipe in product(options.sizes, options.recipes):
         case = {"recipe": recipe, "size": size, "activation_checkpointing": options.checkpointing}
         case |= {"tokens": options.tokens, "packs": options.packs, "steps": options.steps}
-        found = _in_a_process(case, options.timeout)
+        found = in_a_process("benchmarks.recipes_speed", case, timeout_s=options.timeout)
         if isinstance(found, str):
             failed.append(case)
             print(f"{recipe} {size} failed: {found}", file=sys.stderr, flush=True)
@@ -166,18 +165,6 @@ def main() -> None:
             of_sft[size] = rows[-1]["ours"]
     write("recipes_speed", rows, options.out)
     sys.exit(1 if failed else 0)
-
-
-def _in_a_process(case: dict[str, Any], timeout: float) -> dict[str, Any] | str:
-    """What measure() returns, or why it did not."""
-    command = [sys.executable, "-m", "benchmarks.recipes_speed", "--case", json.dumps(case)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return f"not done after {timeout:g} s"
-    if done.returncode:
-        return done.stderr.strip()[-1500:] or f"exit status {done.returncode}"
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,6 +54,19 @@ def write(name: str, rows: list[dict[str, Any]], out: str | None) -> None:
         print(json.dumps(each), flush=True)
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def in_a_process(module: str, case: dict[str, Any], *, timeout_s: float) -> dict[str, Any] | str:
+    """One case of a benchmark, on a GPU without leftovers of the last: what `python -m module --case JSON` prints
+    last, as JSON, or why it printed none."""
+    command = [sys.executable, "-m", module, "--case", json.dumps(case)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"not done after {timeout_s:g} s"
+    if done.returncode:
+        return done.stderr.strip()[-1500:] or f"exit status {done.returncode}"
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def median_ms(run: Callable[[], Any], *, repeat: int = 10, inner: int = 5, warmup: int = 3) -> float:

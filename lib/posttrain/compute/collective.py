@@ -39,18 +39,9 @@ class Ranks:
             return
         timeout = timedelta(seconds=timeout_s)
         address = meeting if isinstance(meeting, str) else meeting.address
-        host, port = address.rsplit(":", 1)
-        if host.startswith("127."):
+        if address.startswith("127."):
             os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-        store = dist.TCPStore(
-            host,
-            int(port),
-            world_size,
-            is_master=rank == 0,
-            timeout=timeout,
-            master_listen_fd=None if isinstance(meeting, str) else meeting.listener.detach(),
-            use_libuv=False,
-        )
+        store = meet(meeting, rank=rank, world_size=world_size, timeout=timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
@@ -83,6 +74,24 @@ class Ranks:
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def meet(meeting: "MeetingPoint | str", *, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """The store at which the processes of a group find each other; rank 0 has it, on the port that it listens on.
+
+    Args:
+        meeting: on rank 0 the MeetingPoint itself, elsewhere its address.
+    """
+    host, port = (meeting if isinstance(meeting, str) else meeting.address).rsplit(":", 1)
+    return dist.TCPStore(
+        host,
+        int(port),
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=None if isinstance(meeting, str) else meeting.listener.detach(),
+        use_libuv=False,
+    )
 
 
 @torch.no_grad()

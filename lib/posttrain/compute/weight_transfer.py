@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from posttrain.compute.collective import MeetingPoint
+from posttrain.compute.collective import MeetingPoint, meet
 from posttrain.compute.weight_sync import digest
 
 BUCKET_BYTES = 256 << 20
@@ -169,16 +169,7 @@ def transfer_group(
         meeting: on rank 0 the MeetingPoint itself, elsewhere its address.
     """
     timeout = timedelta(seconds=timeout_s)
-    host, port = (meeting if isinstance(meeting, str) else meeting.address).rsplit(":", 1)
-    store = dist.TCPStore(
-        host,
-        int(port),
-        world_size,
-        is_master=rank == 0,
-        timeout=timeout,
-        master_listen_fd=None if isinstance(meeting, str) else meeting.listener.detach(),
-        use_libuv=False,
-    )
+    store = meet(meeting, rank=rank, world_size=world_size, timeout=timeout)
     if device.type != "cuda":
         return dist.ProcessGroupGloo(store, rank, world_size, timeout)
     options = dist.ProcessGroupNCCL.Options()

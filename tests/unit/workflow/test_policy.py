@@ -20,19 +20,8 @@ from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.costs import Costs
 from posttrain.workflow.policy import Policy
 from posttrain.workflow.policy_rank import PolicyRank
-from posttrain.workflow.training import Training
 from tiny_families import random_config, random_model
-
-TRAINING = Training(
-    num_steps=5,
-    lr=1e-2,
-    schedule="constant",
-    warmup_steps=0,
-    betas=(0.9, 0.95),
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    pack_tokens=64,
-)
+from tiny_training import TRAINING
 
 
 def made(tmp_path, family: str) -> str:

@@ -17,19 +17,9 @@ from posttrain.model.losses.value import ValueLoss
 from posttrain.workflow.policy import Policy
 from posttrain.workflow.policy_model import Build
 from posttrain.workflow.policy_rank import PolicyRank
-from posttrain.workflow.training import Training
 from tiny_families import random_config, random_model
+from tiny_training import TRAINING
 
-TRAINING = Training(
-    num_steps=5,
-    lr=1e-2,
-    schedule="constant",
-    warmup_steps=0,
-    betas=(0.9, 0.95),
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    pack_tokens=64,
-)
 ALL = ("values", "ref_logprobs", "teacher")
 LOSS = ValueLoss(policy=ClippedLoss(temperature=1.0))
 

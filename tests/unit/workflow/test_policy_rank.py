@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_training
 from posttrain import storage
 from posttrain.compute.mesh import Sizes
 from posttrain.data.batch import collate
@@ -19,19 +20,9 @@ from posttrain.model.losses.policy_gradient import TruncatedLoss
 from posttrain.model.losses.value import ValueLoss
 from posttrain.workflow.policy_model import Build
 from posttrain.workflow.policy_rank import PolicyRank
-from posttrain.workflow.training import Training
 from tiny_families import random_config, random_model
 
-TRAINING = Training(
-    num_steps=5,
-    lr=1e-2,
-    schedule="constant",
-    warmup_steps=0,
-    betas=(0.9, 0.95),
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    pack_tokens=32,
-)
+TRAINING = replace(tiny_training.TRAINING, pack_tokens=32)
 ALL = ("values", "ref_logprobs", "teacher")
 
 
