@@ -7,10 +7,12 @@ leaves what it found in FOLDER/<number of the job>.<r>.pt.
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,9 +155,24 @@ def do(job: Job, rank: int, meeting: "MeetingPoint | str") -> dict[str, Any]:
     return found
 
 
-def be_rank(job: Job, rank: int, meeting: "MeetingPoint | str", to: str) -> None:
+def be_rank(rank: int, folder: str, pipe: Any) -> None:
+    """A process that takes part in every job that has its rank, one after another."""
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")[rank]
-    torch.save(do(job, rank, meeting), to)
+    while (asked := pipe.recv()) is not None:
+        number, job = asked
+        meeting: MeetingPoint | str
+        if rank == 0:
+            meeting = MeetingPoint("127.0.0.1")
+            pipe.send(meeting.address)
+        else:
+            meeting = pipe.recv()
+        torch.compiler.reset()  # a process may compile a function only so many times
+        try:
+            torch.save(do(job, rank, meeting), f"{folder}/{number}.{rank}.pt")
+        except Exception:
+            pipe.send(traceback.format_exc())
+            raise
+        pipe.send("done")
 
 
 def commit(job: Job, folder: str, number: int) -> None:
@@ -168,27 +185,43 @@ def commit(job: Job, folder: str, number: int) -> None:
         saved.commit(attempt, shapes=found[0]["shapes"], reports=[each["report"] for each in found], state={})
 
 
+def answers(pipes: list[Any]) -> list[str]:
+    """What all have sent, or as soon as one has an error, that: its peers wait for it in vain."""
+    found: dict[int, str] = {}
+    while len(found) < len(pipes) and all(each == "done" for each in found.values()):
+        for pipe in multiprocessing.connection.wait([p for n, p in enumerate(pipes) if n not in found]):
+            try:
+                found[pipes.index(pipe)] = pipe.recv()
+            except EOFError:
+                found[pipes.index(pipe)] = "it died"
+    return list(found.values())
+
+
 def main(folder: str) -> None:
+    jobs = [Job(**described) for described in json.loads(Path(folder, "jobs.json").read_text())]
     # Importing torch takes seconds, so forked where there is no CUDA, which does not survive a fork.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    for number, described in enumerate(json.loads(Path(folder, "jobs.json").read_text())):
-        job, meeting = Job(**described), MeetingPoint("127.0.0.1")
-        ranks = [
-            context.Process(
-                target=be_rank,
-                args=(job, rank, meeting if rank == 0 else meeting.address, f"{folder}/{number}.{rank}.pt"),
-            )
-            for rank in range(Sizes(**job.sizes).world)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        codes = [rank.exitcode for rank in ranks]
-        if any(codes):
-            sys.exit(f"job {number}, {job}: exit codes of the ranks: {codes}")
+    pipes = []
+    for rank in range(max(Sizes(**job.sizes).world for job in jobs)):
+        ours, theirs = context.Pipe()
+        context.Process(target=be_rank, args=(rank, folder, theirs), daemon=True).start()
+        theirs.close()
+        pipes.append(ours)
+    for number, job in enumerate(jobs):
+        start, taking_part = time.monotonic(), pipes[: Sizes(**job.sizes).world]
+        for pipe in taking_part:
+            pipe.send((number, job))
+        address = pipes[0].recv()
+        for pipe in taking_part[1:]:
+            pipe.send(address)
+        wrong = [answer for answer in answers(taking_part) if answer != "done"]
+        if wrong:
+            sys.exit(f"job {number}, {job}: {wrong[0]}")
         if job.save is not None:
             commit(job, folder, number)
+        print(f"job {number}: {time.monotonic() - start:.1f} s", flush=True)
+    for pipe in pipes:
+        pipe.send(None)
 
 
 if __name__ == "__main__":
