@@ -163,24 +163,29 @@ class Lease:
             if storage.is_s3(self.uri):
                 yield
                 return
-            with self._file_locked():
+            with file_lock(Path(self.root, "lease.lock")):
                 yield
 
-    @contextmanager
-    def _file_locked(self) -> Iterator[None]:
-        path = Path(self.root, "lease.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ends = time.monotonic() + LOCK_S
-        with open(path, "ab") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > ends:
-                        raise CheckpointError(f"{path} is locked by another process that does not let go") from None
-                    time.sleep(0.05)
-            yield
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Alone among the processes that lock this file; the lock falls with its holder.
+
+    Raises:
+        CheckpointError: another process holds it for longer than LOCK_S.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + LOCK_S
+    with open(path, "ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > ends:
+                    raise CheckpointError(f"{path} is locked by another process that does not let go") from None
+                time.sleep(0.05)
+        yield
 
 
 def _me() -> dict[str, Any]:
