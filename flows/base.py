@@ -19,7 +19,7 @@ import posttrain  # noqa: F401  (imported here so that the code package carries 
 import steps  # noqa: F401
 from placement import on_hardware, where_it_runs
 from posttrain.config import RunConfig
-from posttrain.config_file import load_config
+from posttrain.config_file import TypedConfig, load_config
 from posttrain.errors import (
     ComputeError,
     ConfigError,
@@ -48,17 +48,17 @@ class Stopped(MetaflowException):
     headline = "posttrain stopped"
 
 
-def own_config(name: str) -> Config:
+def own_config(name: str, schema: type[RunConfig] = RunConfig) -> Config:
     """The config of a flow, read from configs/`name` where the command line names no other."""
+
+    def parse(text: str) -> dict:
+        """It returns plain data, because Metaflow stores it."""
+        try:
+            return load_config(text, schema).model_dump(mode="json")
+        except ConfigError as error:
+            raise Refused(str(error)) from None
+
     return Config("config", default=str(CONFIGS / name), parser=parse, help="Run config, YAML")
-
-
-def parse(text: str) -> dict:
-    """The parser of metaflow.Config: it returns plain data, because Metaflow stores it."""
-    try:
-        return load_config(text).model_dump(mode="json")
-    except ConfigError as error:
-        raise Refused(str(error)) from None
 
 
 def refusing(program, *args, **kwargs):
@@ -89,10 +89,7 @@ class PostTrainFlow(FlowSpec):
     @step
     def start(self):
         """Refuse what cannot work before anything is paid for; decide where the run's files go."""
-        from steps.plan import plan
-
-        found = refusing(plan, self.cfg, flow=current.flow_name, run_id=current.run_id)
-        self.root, self.provenance = found["root"], found["provenance"]
+        self.plan_run()
         self.next(self.prepare)
 
     @step
@@ -177,25 +174,14 @@ class PostTrainFlow(FlowSpec):
         models = {"before": self.warmed_up["model_uri"], "after": self.trained["model_uri"]}
         uris = {"tokens_uri": self.tokens["uri"], "rows_uri": self.trained.get("tokens_uri")}
         uris["teacher_uri"] = self.warmed_up["teacher_uri"]
-        self.evaluation = refusing(evaluate, self.cfg, models=models, **uris)
+        self.evaluation = refusing(evaluate, self.cfg, models=models, **uris, per_row=self.scored_by())
         show_evaluation(self.evaluation)
         self.next(self.export)
 
     @step
     def export(self):
         """A Hugging Face folder, proved equal to what was trained."""
-        from steps.export import export
-
-        self.exported = refusing(
-            export,
-            self.cfg,
-            root=self.root,
-            model_uri=self.trained["model_uri"],
-            provenance=self.provenance,
-            evaluation=self.evaluation,
-            tokenizer_sha256=self.tokens["tokenizer_sha256"],
-            trained=self.trained,
-        )
+        self.export_model()
         self.next(self.end)
 
     @step
@@ -210,9 +196,20 @@ class PostTrainFlow(FlowSpec):
     @property
     def cfg(self) -> RunConfig:
         """The typed config, with the backend that this task really runs on."""
+        return self.typed(RunConfig)
+
+    def typed(self, schema: type[TypedConfig]) -> TypedConfig:
+        """The whole config of the flow, as what its schema makes of it."""
         document = self.config.to_dict()
         document["parallel"] |= where_it_runs()
-        return refusing(load_config, json.dumps(document))
+        return refusing(load_config, json.dumps(document), schema)
+
+    def plan_run(self):
+        """The program of the step `start`."""
+        from steps.plan import plan
+
+        found = refusing(plan, self.cfg, flow=current.flow_name, run_id=current.run_id)
+        self.root, self.provenance = found["root"], found["provenance"]
 
     def warm_up(self):
         """The program of the step `warmup`, and on how many nodes training goes on."""
@@ -232,6 +229,18 @@ class PostTrainFlow(FlowSpec):
         result = self.run_training()
         if result is not None:
             self.trained = result
+
+    def scored_by(self) -> str | None:
+        """The measure that the step `evaluate` tells of every row; None of none."""
+        return None
+
+    def export_model(self):
+        """The program of the step `export`."""
+        from steps.export import export
+
+        made = {"root": self.root, "model_uri": self.trained["model_uri"], "trained": self.trained}
+        made |= {"provenance": self.provenance, "evaluation": self.evaluation}
+        self.exported = refusing(export, self.cfg, **made, tokenizer_sha256=self.tokens["tokenizer_sha256"])
 
     def run_training(self) -> dict | None:
         """What a flow trains; None on a node that only lends its hardware."""

@@ -42,7 +42,7 @@ def source_report(
     """
     found = {
         "name": source.key,
-        "path": entry.path,
+        "path": entry.path if isinstance(entry.path, str) else _several(entry.path),
         "format": entry.format,
         "fingerprint": source.fingerprint,
         "weight": [list(point) for point in entry.schedule],
@@ -52,6 +52,10 @@ def source_report(
         **(counts or Counts()).plain(),
     }
     return found | {"rows": source.num_rows}
+
+
+def _several(paths: Sequence[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{len(paths):,} files, {paths[0]} to {paths[-1]}"
 
 
 def first_window_report(stream: PackStream | None, described: list[dict[str, Any]], encoder: Encoder) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from posttrain import storage
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.compute.weight_sync import digest
 from posttrain.config import RunConfig
-from posttrain.errors import SyncError
+from posttrain.errors import GateError, SyncError
 from posttrain.model.backend import backend_of
 from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.lm_eval_tasks import run_lm_eval
-from posttrain.workflow.measure_rows import measure_rows
+from posttrain.workflow.measure_rows import measure_rows, row_scores
 from posttrain.workflow.measures import check_gate, in_order
 from posttrain.workflow.policy import Policy
 from steps.hardware import Hardware, hardware
@@ -27,6 +27,7 @@ def evaluate(
     models: dict[str, str],
     rows_uri: str | None = None,
     teacher_uri: str | None = None,
+    per_row: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate every model in `models` (name -> uri) on the same rows, prompts and sampling noise.
 
@@ -34,6 +35,8 @@ def evaluate(
 
     Args:
         rows_uri: folder that an offline recipe trained on, with its held-out rows; that of `tokens_uri` when None.
+        per_row: loss, greedy_reward or sampled_reward, of every row in `scores`, more being better. The gate is then
+            told, in `refused` of the last model, and not raised: the caller decides.
 
     Returns:
         name -> of an offline recipe its measures on data.held_out; where questions are asked, greedy, sampled and
@@ -45,20 +48,26 @@ def evaluate(
     """
     resources = hardware(config.parallel, gpus_each=config.rollout.tensor)
     with ray_cluster(Gang(), **resources.cluster):
-        found = asyncio.run(_evaluate(config, tokens_uri, models, (rows_uri or tokens_uri, teacher_uri), resources))
+        measured_with = (rows_uri or tokens_uri, teacher_uri)
+        found = asyncio.run(_evaluate(config, tokens_uri, models, measured_with, resources, per_row))
     if config.eval.lm_eval:  # the actors are gone: a GPU of theirs is free
         for name, uri in models.items():
             found[name]["lm_eval"] = run_lm_eval(str(storage.fetch(uri)), config.eval.lm_eval)
-    check_gate(found, config.eval.gate, before=next(iter(models)), after=list(models)[-1])
+    try:
+        check_gate(found, config.eval.gate, before=next(iter(models)), after=list(models)[-1])
+    except GateError as error:
+        if per_row is None:
+            raise
+        found[list(models)[-1]]["refused"] = str(error)
     return found
 
 
-async def _evaluate(config, tokens_uri, models, measured_with, resources) -> dict[str, dict[str, Any]]:
+async def _evaluate(config, tokens_uri, models, measured_with, resources, per_row) -> dict[str, dict[str, Any]]:
     rows_uri, teacher_uri = measured_with
     results: dict[str, dict[str, Any]] = {name: {} for name in models}
     if config.method.name != "grpo":
         for name, uri in models.items():
-            results[name] |= await _measure(config, uri, rows_uri, teacher_uri, resources)
+            results[name] |= await _measure(config, uri, rows_uri, teacher_uri, resources, per_row)
             shown = ", ".join(f"{key} {results[name][key]:.4f}" for key in in_order(results[name]))
             print(f"{name}: {shown}", flush=True)
     if not config.samples_completions:
@@ -67,16 +76,17 @@ async def _evaluate(config, tokens_uri, models, measured_with, resources) -> dic
     parts = await rollout_parts(config, model_uri=first, tokens_uri=tokens_uri, resources=resources)
     slice_by = config.eval.slice_by if config.method.name == "grpo" else None  # a column of data.held_out
     evaluator = Evaluator(parts.maker, parts.sets[asked_set(config)])
+    told = {"slice_by": slice_by, "per_row": None if per_row == "loss" else per_row}
     for version, (name, uri) in enumerate(models.items()):
         await _send(parts, uri, version, backend=config.model.backend)
-        asked = await evaluator.full(samples=config.eval.samples, passes=has_passes(config), slice_by=slice_by)
+        asked = await evaluator.full(samples=config.eval.samples, passes=has_passes(config), **told)
         results[name] |= asked
         print(f"{name}: greedy {results[name]['greedy_reward']}, sampled {results[name]['sampled_reward']}", flush=True)
     return results
 
 
 async def _measure(
-    config: RunConfig, uri: str, rows_uri: str, teacher_uri: str | None, resources: Hardware
+    config: RunConfig, uri: str, rows_uri: str, teacher_uri: str | None, resources: Hardware, per_row: str | None
 ) -> dict[str, Any]:
     """The recipe's own measures of one model on data.held_out."""
     policy = await Policy.launch(
@@ -90,7 +100,10 @@ async def _measure(
         build=build_of(config, teacher_uri, trains=False),
     )
     slices = held_out_slices(config, rows_uri)
-    found = await measure_rows(policy, held_out_units(rows_uri), measures_of(config), slices=slices)
+    units = held_out_units(rows_uri)
+    found = await measure_rows(policy, units, measures_of(config), slices=slices)
+    if per_row == "loss":
+        found["scores"] = await row_scores(policy, units)
     policy.group.kill()
     return found
 

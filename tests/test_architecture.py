@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "config_parallel": {"config_section"},
     "config_reward": {"config_section"},
     "config": {"config_reward", "config_parallel", "config_data", "config_method", "config_model", "config_section"},
+    "config_retrain": {"config", "config_section"},
     "config_file": {"errors", "config"},
     "overrides": {"errors"},
     "cli": {"errors", "config_file", "overrides", "storage", "workflow"},

@@ -1,6 +1,6 @@
 """The section `data` of a run config: where rows come from, and how they become packs."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
@@ -11,12 +11,15 @@ Format = Literal["messages", "prompt_completion", "sharegpt", "alpaca", "text", 
 of answers, of an answer and its label."""
 
 
+File = Annotated[str, Field(min_length=1)]
+
+
 class DataSource(Section):
     """One source of training rows: .jsonl, .parquet or .arrow files (one, a folder, a glob or a dataset saved by
     Hugging Face; local or s3://), or `package.module:function` called with the seed."""
 
-    path: str
-    """Files, or an import path."""
+    path: File | tuple[File, ...]
+    """Files, or an import path; a list names several files as one source."""
     weight: PositiveFloat | tuple[tuple[NonNegativeInt, NonNegativeFloat], ...] = 1.0
     """Share of the draws, relative to the other sources; or [[draw, weight], ...], linear in between, in steps of
     1,024 draws."""

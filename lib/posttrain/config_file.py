@@ -3,7 +3,7 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,13 +22,18 @@ STAND_IN: dict[Any, dict[str, str]] = {
 RECIPES = tuple(get_args(option.model_fields["name"].annotation)[0] for option in get_args(get_args(Method)[0]))
 """Values of method.name, which pydantic puts into the path of a problem."""
 
+TypedConfig = TypeVar("TypedConfig", bound=RunConfig)
 
-def load_config(text: str) -> RunConfig:
+
+def load_config(text: str, schema: type[TypedConfig] = RunConfig) -> TypedConfig:
     """Parse and validate a YAML run config.
 
     A document may name another file as its `base`, and may override single keys with
     dotted paths: `{base: configs/grpo_tiny.yaml, optim.lr: 1e-4}`. Relative bases are
     resolved against the working directory.
+
+    Args:
+        schema: of a flow that has sections of its own.
 
     Raises:
         ConfigError: every problem at once, one per line, with its path, the value given
@@ -36,12 +41,12 @@ def load_config(text: str) -> RunConfig:
     """
     document = _document(text, where="config", seen=())
     try:
-        return RunConfig.model_validate(document)
+        return schema.model_validate(document)
     except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
+        problems = [line for problem in error.errors() for line in _explain(problem, schema).splitlines()]
         if not any(problem["type"].startswith("union_tag") for problem in error.errors()):
             # what fits together depends on the recipe
-            problems += _combinations(document, [_key(problem) for problem in error.errors()])
+            problems += _combinations(document, [_key(problem) for problem in error.errors()], schema)
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -83,7 +88,7 @@ def _put(target: dict[str, Any], key: str, value: Any, where: str) -> None:
         target[leaf] = value
 
 
-def _combinations(document: dict[str, Any], wrong: list[tuple[int | str, ...]]) -> list[str]:
+def _combinations(document: dict[str, Any], wrong: list[tuple[int | str, ...]], schema: type[RunConfig]) -> list[str]:
     """Impossible combinations among the values that are right; pydantic looks for them only when all are."""
     rest = json.loads(json.dumps(document, default=str))
     for loc in wrong:
@@ -91,9 +96,9 @@ def _combinations(document: dict[str, Any], wrong: list[tuple[int | str, ...]]) 
     lines: list[str] = []
     for _ in range(3):  # what was wrong and is now missing gets a stand-in of the right form
         try:
-            RunConfig.model_validate(rest)
+            schema.model_validate(rest)
         except ValidationError as error:
-            lines = [line for p in error.errors() if not p["loc"] for line in _explain(p).splitlines()]
+            lines = [line for p in error.errors() if not p["loc"] for line in _explain(p, schema).splitlines()]
             for loc in (_key(problem) for problem in error.errors() if problem["loc"]):
                 _at(rest, loc[:-1])[loc[-1]] = dict(STAND_IN[loc]) if loc in STAND_IN else "stand.in:value"
     paths = [".".join(map(str, loc)) for loc in wrong]
@@ -115,11 +120,11 @@ def _key(problem: Any) -> tuple[int | str, ...]:
     return tuple(p for p in loc if not str(p).startswith(("function-", "literal[", "constrained-", "tuple[")))
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, schema: type[RunConfig]) -> str:
     """One line of the form `path: what is wrong (got value); fix`; an impossible combination has one line each."""
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in _key(problem)).lstrip(".")
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
+        known = _known_keys(problem["loc"][:-1], schema)
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
@@ -141,8 +146,8 @@ def _explain(problem: Any) -> str:
     return f"{path}: {problem['msg'].lower()} (got {json.dumps(problem['input'], default=str)})"
 
 
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    section: Any = RunConfig
+def _known_keys(loc: tuple[int | str, ...], schema: type[RunConfig]) -> list[str]:
+    section: Any = schema
     for part in loc:
         if isinstance(part, int) or section is None:  # an entry of a list: its section is the list's
             continue

@@ -48,7 +48,7 @@ class Source:
         try:
             if shards is None:
                 uris = [uri] if isinstance(uri, str) else uri
-                shards = [index(file) for each in uris for file in _files(each)]
+                shards = [index(file) for each in uris for file in data_files(each)]
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
         self.shards = list(shards)
@@ -155,30 +155,34 @@ def is_file(source: str) -> bool:
     return "/" in source or ":" not in source
 
 
-def check_source(source: str, *, key: str) -> None:
-    """Refuse a source that cannot be read, without reading it.
+def check_source(source: str | Sequence[str], *, key: str) -> None:
+    """Refuse a source, or one of several, that cannot be read, without reading it.
 
     Raises:
         DataError: no such file, or not a known file type.
         ConfigError: no such function.
     """
+    if not isinstance(source, str):
+        for each in source:
+            check_source(each, key=key)
+        return
     if not is_file(source):
         resolve(source, key=key)
         return
     try:
-        _files(source)
+        data_files(source)
     except DataError as error:
         where = "" if storage.is_s3(source) else f" (looked for {Path(source).expanduser().resolve()})"
         raise DataError(f"{key}: {error}{where}") from None
 
 
-def as_files(path: str, *, key: str, seed: int, uri: str) -> Source:
+def as_files(path: str | Sequence[str], *, key: str, seed: int, uri: str) -> Source:
     """A Source of what a config names; the rows of a function are first published as the folder `uri`.
 
     Raises:
         DataError: no rows, or one that JSON cannot hold.
     """
-    if is_file(path):
+    if not isinstance(path, str) or is_file(path):
         return Source(path, key=key)
 
     def write(folder: Path) -> None:
@@ -241,7 +245,7 @@ def _function_records(source: str, key: str, seed: int) -> Iterator[tuple[int, i
         yield 0, number, record
 
 
-def _files(uri: str) -> list[File]:
+def data_files(uri: str) -> list[File]:
     """The data files below a URI. A Hugging Face dataset names its own, among cache files that are not data."""
     uri = uri if storage.is_s3(uri) else str(Path(uri).expanduser())
     if storage.exists(storage.join(uri, "dataset_dict.json")):

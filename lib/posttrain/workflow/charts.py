@@ -136,6 +136,30 @@ def bar_chart(title: str, unit: str, bars: dict[str, dict[str, float]]) -> dict[
     return _spec(title, {"data": {"values": values}, "encoding": encoding, "layer": layers})
 
 
+def interval_chart(title: str, unit: str, gain: float, interval: tuple[float, float], margin: float) -> dict[str, Any]:
+    """A gain as a dot on its interval, and the margin that it must be above as a line."""
+    low, high = interval
+    axis = {"type": "quantitative", "title": unit, "scale": {"zero": False, "nice": True}}
+    layers = [
+        {
+            "data": {"values": [{"low": _short(low), "high": _short(high)}]},
+            "mark": {"type": "rule", "strokeWidth": 4, "color": PALE},
+            "encoding": {"x": {"field": "low", **axis}, "x2": {"field": "high"}},
+        },
+        {
+            "data": {"values": [{"gain": _short(gain)}]},
+            "mark": {"type": "point", "filled": True, "size": 120, "color": BLUE},
+            "encoding": {"x": {"field": "gain", **axis}, "tooltip": [{"field": "gain", "type": "quantitative"}]},
+        },
+        {
+            "data": {"values": [{"margin": _short(margin)}]},
+            "mark": {"type": "rule", "strokeDash": [5, 4], "color": RED},
+            "encoding": {"x": {"field": "margin", **axis}, "tooltip": [{"field": "margin", "type": "quantitative"}]},
+        },
+    ]
+    return _spec(title, {"height": 110, "layer": layers})
+
+
 def source_colour(number: int) -> str:
     """The colour of data.sources[number] wherever it is drawn; those after the sixth are grey."""
     return SOURCE_COLOURS[number] if number < len(SOURCE_COLOURS) else GREY

@@ -41,12 +41,15 @@ class Evaluator:
         version = min(version for (rollout,) in groups for version in rollout.versions)
         return {"eval/reward": _mean_reward(groups), "eval/version": float(version)}
 
-    async def full(self, *, samples: int, passes: bool = True, slice_by: str | None = None) -> dict[str, Any]:
+    async def full(
+        self, *, samples: int, passes: bool = True, slice_by: str | None = None, per_row: str | None = None
+    ) -> dict[str, Any]:
         """Greedy reward, mean reward of `samples` draws, mean best of them, pass@k, mean length, and a few rows.
 
         Args:
             passes: off where a reward of 1 does not mean that the answer is right.
             slice_by: column of the rows; the same numbers are then also told for each of its values, in `slices`.
+            per_row: greedy_reward or sampled_reward, which is then also told of every row, in `scores`.
         """
         greedy = await self._groups(samples=1, temperature=0.0)
         drawn = await self._groups(samples=samples, temperature=self.maker.sampling.temperature)
@@ -59,6 +62,9 @@ class Evaluator:
             **reward_measures(greedy, drawn, passes=passes),
             "examples": [_example(group[0]) for group in greedy[:8]],
         }
+        if per_row is not None:
+            scored = {"greedy_reward": greedy, "sampled_reward": drawn}[per_row]
+            found["scores"] = {str(group[0].prompt.uid): fmean(_rewards(group)) for group in scored}
         return found if slice_by is None else found | {"slices": by_slice(greedy, drawn, slice_by, passes=passes)}
 
     async def _groups(self, *, samples: int, temperature: float) -> list[Group]:

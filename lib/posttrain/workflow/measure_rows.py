@@ -10,6 +10,7 @@ from posttrain.model.losses import Loss, count
 from posttrain.workflow.calibration import calibration_error, reliability
 from posttrain.workflow.measures import perplexity
 from posttrain.workflow.policy import Policy
+from posttrain.workflow.reference import FIELD, score
 
 Measures = Sequence[tuple[Loss, Mapping[str, str]]]
 """Losses to evaluate, each with its metrics -> names of measures."""
@@ -36,6 +37,15 @@ async def measure_rows(
             parts.setdefault(name, []).append(unit)
         told = {name: await _measured(policy, parts[name], measures) for name in sorted(parts)}
         found |= {group: {name: _flat(each) for name, each in told.items()}} if told else {}
+    return found
+
+
+async def row_scores(policy: Policy, units: Sequence[Unit]) -> dict[str, float]:
+    """Number of each unit -> mean log p of its trained tokens, nats: minus the row's own loss, so more is better."""
+    found = {}
+    for number, unit in enumerate(await score(policy, units)):
+        weight = sum(float(sample.loss_mask.sum()) for sample in unit)
+        found[str(number)] = sum(sample.fields[FIELD] for sample in unit) / weight
     return found
 
 

@@ -9,7 +9,7 @@ from posttrain.workflow import charts, markup
 from posttrain.workflow.card import open_card
 from posttrain.workflow.data_report import QUANTILES, dropped_facts, report_facts, source_counts, source_state
 from posttrain.workflow.evaluation_tables import evaluation_tables
-from posttrain.workflow.measures import PASS, label_of, measured
+from posttrain.workflow.measures import LABELS, PASS, label_of, measured
 
 
 def show_data(report: dict[str, Any], data: dict[str, Any], *, card_id: str = "data") -> None:
@@ -41,6 +41,49 @@ def show_evaluation(evaluation: dict[str, dict[str, Any]], *, card_id: str = "ev
         card.append(VegaChart(charts.bar_chart("Reward", "mean reward", bars)))
         card.append(Markdown(answers(evaluation)))
     card.refresh()
+
+
+def show_promotion(
+    promotion: dict[str, Any], evaluation: dict[str, dict[str, Any]], *, card_id: str = "promotion"
+) -> None:
+    """The promotion page: the challenger beside what it was trained from, how sure the gain is, and the decision.
+
+    Args:
+        promotion: what the step promote returned.
+    """
+    card = open_card(card_id)
+    for part in promotion_page(promotion, evaluation):
+        card.append(VegaChart(part) if isinstance(part, dict) else Markdown(part))
+    card.refresh()
+
+
+def promotion_page(
+    promotion: dict[str, Any], evaluation: dict[str, dict[str, Any]]
+) -> list[markup.Html | dict[str, Any]]:
+    """The promotion card from top to bottom."""
+    found, parent = promotion["comparison"], promotion["parent"]
+    was = "the first model" if parent is None else f"champion, version {parent}"
+    title = {
+        "promoted": f"Promoted as version {promotion['version']}",
+        "kept": "Not promoted" if parent is None else f"Version {parent} stays champion",
+        "stale": "Too late to be promoted",
+    }[promotion["outcome"]]
+    facts = [promotion["run"], f"{promotion['files']:,} new files", f"{found['rows']:,} held-out rows", f"from {was}"]
+    sure = f"{found['confidence']:.0%}"
+    boxes = [
+        ("Gain of the mean", f"{found['gain']:+.4g}", f"of {LABELS[promotion['measure']]}"),
+        (f"Above, {sure} sure", f"{found['low']:+.4g}", f"must be above {found['margin']:g}"),
+        (f"Below, {sure} sure", f"{found['high']:+.4g}", "paired bootstrap over rows"),
+    ]
+    before, after = evaluation["before"], evaluation["after"]
+    rows = [[label_of(name), before[name], after[name], after[name] - before[name]] for name in measured(evaluation)]
+    interval = (found["low"], found["high"])
+    return [
+        markup.page(title, facts),
+        markup.block(markup.heading("Decision", promotion["why"]), markup.boxes(boxes)),
+        charts.interval_chart("Gain, row by row", "gain", found["gain"], interval, found["margin"]),
+        markup.block(markup.heading("Both models"), markup.table(["", was, "challenger", "change"], rows)),
+    ]
 
 
 def data_page(report: dict[str, Any], data: dict[str, Any]) -> list[markup.Html | dict[str, Any]]:
