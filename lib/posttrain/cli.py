@@ -159,6 +159,46 @@ def chat(
     talk(model, turns(), print, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 
+champions = typer.Typer(no_args_is_help=True, help="Champions that retrain_flow promoted: look, or go back to one.")
+app.add_typer(champions, name="registry")
+Where = Annotated[str, typer.Argument(help="Folder or s3:// prefix of a registry.", metavar="REGISTRY")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@champions.command()
+def show(registry: Where, as_json: AsJson = False) -> None:
+    """Who is champion, what it was made of, and who was before."""
+    from posttrain.workflow import registry as library
+
+    where = _absolute(registry)
+    found, entries = library.champion(where), library.history(where)
+    if as_json:
+        told = None if found is None else {"model_uri": found.model_uri, **found.manifest}
+        print(json.dumps({"champion": told, "history": entries}, indent=2))
+        return
+    if found is None:
+        print(f"{where} has no champion: nothing was promoted there")
+        return
+    print(f"version {found.version} is champion: {found.model_uri}")
+    for entry in entries:
+        why = entry["run"] if entry["action"] == "promote" else f"rolled back: {entry['reason']}"
+        print(f"{entry['generation']:>4}  {entry['time'][:19]}  version {entry['version']}  {why}")
+
+
+@champions.command()
+def rollback(
+    registry: Where,
+    reason: Annotated[str, typer.Option(help="Why; it is kept in the history.")],
+    to: Annotated[int | None, typer.Option(help="Version; the champion's parent when left out.", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier version the champion again. Nothing is deleted."""
+    from posttrain.workflow import registry as library
+
+    done = library.rollback(_absolute(registry), reason=reason, to=to)
+    print(json.dumps(done, indent=2) if as_json else f"{done['outcome']}: version {done['champion']} is champion")
+
+
 def _absolute(root: str) -> str:
     from posttrain.storage import is_s3
 

@@ -224,10 +224,10 @@ def _model_uri(registry: str, manifest: Mapping[str, Any]) -> str:
     return uri
 
 
-def _digest(uri: str) -> str | None:
-    """Of a published folder's manifest, which has the hashes of all its files; None where none is published."""
+def _digest(uri: str) -> str:
+    """Of a published folder's manifest, which has the hashes of all its files; empty where none is published."""
     manifest = storage.join(uri, MANIFEST)
-    return hashlib.sha256(storage.read_bytes(manifest)).hexdigest() if storage.exists(manifest) else None
+    return hashlib.sha256(storage.read_bytes(manifest)).hexdigest() if storage.exists(manifest) else ""
 
 
 def _point_to(registry: str, seen: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:

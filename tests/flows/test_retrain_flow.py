@@ -1,0 +1,71 @@
+"""Retraining as a person runs it: three days of rows, and what becomes of the champion."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.data.sort_digits_days import add_day
+from posttrain.workflow import registry
+from runs import ROOT
+
+SMALL = {
+    "base": str(ROOT / "configs" / "retrain_tiny.yaml"),
+    "model.fresh": {"hidden_size": 32, "num_layers": 2},
+    "data.pack_tokens": 256,
+    "optim.num_steps": 120,
+    "optim.lr": 5e-3,
+    "checkpoint.every_steps": 100,
+}
+
+
+def retrain(folder: Path, fault: str | None = None) -> str:
+    """Run the flow to its end; what it said."""
+    flow = [sys.executable, str(ROOT / "flows" / "retrain_flow.py"), "--config-value", "config", json.dumps(SMALL)]
+    env = os.environ | {"METAFLOW_HOME": str(folder / "home")} | ({"POSTTRAIN_FAULT": fault} if fault else {})
+    done = subprocess.run([*flow, "run"], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def champion(folder: Path) -> int:
+    """Who is champion, its model whole."""
+    found = registry.champion(str(folder / "registry"))
+    assert found is not None
+    registry.check_model(found.model_uri)
+    return found.version
+
+
+@pytest.mark.slow
+def test_a_better_model_is_promoted_a_worse_one_is_not_and_a_killed_promotion_is_finished(tmp_path: Path):
+    where = str(tmp_path / "registry")
+    add_day(tmp_path / "inbox", count=400)
+    said = retrain(tmp_path)
+    assert "1 new files, trained on from the config's model" in said and "promoted: the gain of" in said
+    assert champion(tmp_path) == 1
+
+    wrong = add_day(tmp_path / "inbox", count=400, wrong=1.0)
+    said = retrain(tmp_path)
+    assert "1 new files, trained on from version 1" in said
+    assert "kept: eval.gate: loss went from" in said
+    assert champion(tmp_path) == 1 and registry.versions(where) == [1]
+    cards = [page.read_text() for page in tmp_path.glob(".metaflow/mf.cards/**/*.html")]
+    assert sum("Version 1 stays champion" in page for page in cards) == 1, "a failed gate has a card too"
+
+    wrong.unlink()
+    add_day(tmp_path / "inbox", count=400)  # the wrong day again, with right answers, and a third
+    add_day(tmp_path / "inbox", count=400)
+    said = retrain(tmp_path, fault="registry.after_version")
+    assert "2 new files, trained on from version 1" in said
+    assert said.count("Task is starting (retry)") == 1 and "promoted: the gain of" in said
+    assert champion(tmp_path) == 2
+    assert [entry["generation"] for entry in registry.history(where)] == [1, 2]
+    manifest = registry.version(where, 2)
+    assert len(manifest["data"]) == 3 and len(manifest["lineage"]) == 2
+
+    said = retrain(tmp_path)
+    assert "nothing new: version 2 of" in said and "prepare" not in said
+    assert champion(tmp_path) == 2 and len(list((tmp_path / "runs" / "RetrainFlow").iterdir())) == 3
