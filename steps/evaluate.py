@@ -50,7 +50,8 @@ def evaluate(
     if config.eval.lm_eval:  # the actors are gone: a GPU of theirs is free
         for name, uri in models.items():
             found[name]["lm_eval"] = tasks_of_export(config, uri)
-    check_gate(found, config.eval.gate, before=next(iter(models)), after=list(models)[-1])
+    names = {"before": next(iter(models)), "after": list(models)[-1]}
+    check_gate(found, config.eval.gate, **names, slice_by=config.eval.slice_by)
     return found
 
 

@@ -251,6 +251,12 @@ def test_a_section_is_merged_into_the_section_of_its_base():
     assert load({"model": {"fresh": {"num_layers": 2}}}) == load({"model.fresh.num_layers": 2})
 
 
+def test_the_dots_of_a_slice_are_its_own():
+    gate = {"loss[site=a.b:c]": 0.5, "loss": 0.0}
+    assert load({"eval.gate": {"loss": 0.0}, "eval.gate.loss[site=a.b:c]": 0.5}).eval.gate == gate
+    assert load({"eval.gate": gate}).eval.gate == gate
+
+
 def test_null_removes_what_the_base_set():
     assert load({"warmup": None}).warmup is None
 
