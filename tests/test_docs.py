@@ -1,5 +1,7 @@
 """The documentation is true: generated pages are current, links resolve, and every command shown exists."""
 
+import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from posttrain.config import RunConfig, Section
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -25,6 +27,13 @@ def test_the_generated_data_page_is_current():
 
     for name, text in documents().items():
         assert (ROOT / "docs" / name).read_text() == text, f"run `make docs`: docs/{name} is old"
+
+
+@pytest.mark.parametrize("benchmark", ["recipes_learning", "recipes_speed"])
+def test_the_tables_of_the_recipes_are_their_results(benchmark: str):
+    module = importlib.import_module(f"benchmarks.{benchmark}")
+    table = module.table(json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text()))
+    assert table in (ROOT / "docs" / "recipes.md").read_text(), f"docs/recipes.md has not the table of today:\n{table}"
 
 
 def sections(section: type[Section], path: str = "") -> list[tuple[str, type[Section]]]:
