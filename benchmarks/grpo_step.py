@@ -1,10 +1,10 @@
 """A whole GRPO step on one GPU: generate, pack, train, sync with proof; beside TRL's trainer with vLLM colocated.
 
 Random Qwen3-shaped weights in bfloat16, prompts of random tokens, every completion of full length, rewards by chance,
-no Ray: a policy rank in this process, a vLLM engine in another on the same GPU, buckets by CUDA IPC between them (on a
-CPU by broadcast, to try the script). TRL's side is its own GRPOTrainer in a process of its own, on as many rollouts of
-the same lengths, bfloat16, beta 0, with the kernels that it chooses by itself unless --attention names others. The
-phases of our step add up to it.
+no Ray: a policy rank in this process, vLLM engines in others on the same GPU, buckets by CUDA IPC between them (on a
+CPU, where one engine tries the script, by broadcast). TRL's side is its own GRPOTrainer in a process of its own, on as
+many rollouts of the same lengths, bfloat16, beta 0, with the kernels that it chooses by itself unless --attention names
+others. The phases of our step add up to it.
 
     VLLM_USE_FLASHINFER_SAMPLER=0 python -m benchmarks.grpo_step [--size 0.6b] [--rollouts 128] [--steps 4] [--out FILE]
 """
@@ -17,56 +17,16 @@ import sys
 import tempfile
 import time
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.engine_process import EngineProcess, together
 from benchmarks.report import row, write
 from benchmarks.shapes import SIZES, hf_config
 
 MEMORY_SHARE = 0.35
-"""Of the GPU, for the engine of either side."""
-
-
-class Engine:
-    """A VllmGenerator in a process of its own; its methods are called by name."""
-
-    def __init__(self, **settings: Any):
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, settings), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def start(self, method: str, *args: Any) -> None:
-        self.pipe.send((method, args))
-
-    def result(self) -> Any:
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def call(self, method: str, *args: Any) -> Any:
-        self.start(method, *args)
-        return self.result()
-
-
-def serve(pipe: Any, settings: dict[str, Any]) -> None:
-    """The engine's process: answers calls until the pipe is closed."""
-    from posttrain.compute.generator.vllm import VllmGenerator
-
-    engine = VllmGenerator(**settings)
-    while True:
-        try:
-            method, args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(getattr(engine, method)(*args))
-        except Exception as error:
-            pipe.send(RuntimeError(f"{method}: {type(error).__name__}: {error}"))
+"""Of the GPU, for the engines of either side together."""
 
 
 def run_ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -81,6 +41,7 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
 
     device, longest = "cuda" if torch.cuda.is_available() else "cpu", options.prompt + options.new
     assert options.pack_tokens >= longest, "a rollout must fit in a pack"
+    assert options.rollouts % (options.group * options.engines) == 0, "engines get equal shares of whole groups"
     with tempfile.TemporaryDirectory() as folder:
         uri = write_model(Path(folder), options.size, device)
         training = Training(
@@ -98,50 +59,49 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
         rank = PolicyRank(**one, training=training)
         rank.meeting = MeetingPoint("127.0.0.1")
         costs = rank.join(rank.meeting.address, 600.0)
-        engine = Engine(
-            model_uri=uri,
-            stop_ids=(),
-            pad_id=0,
-            max_tokens=longest,
-            memory_share=MEMORY_SHARE,
-            can_sleep=options.sleep,
-        )
-        sync = Sync(rank, engine, shared=device == "cuda")
+        named: dict[str, Any] = {"model_uri": uri, "stop_ids": (), "pad_id": 0, "max_tokens": longest}
+        named |= {"memory_share": MEMORY_SHARE / options.engines, "can_sleep": options.sleep}
+        engines = [EngineProcess(**named) for _ in range(options.engines)]
+        sync = Sync(rank, engines, shared=device == "cuda")
         sync.push(0)
-    steps = [one_step(options, step, rank, engine, sync, costs) for step in range(options.steps + 1)]
+    steps = [one_step(options, step, rank, engines, sync, costs) for step in range(options.steps + 1)]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-    engine.process.kill()
+    for engine in engines:
+        engine.close()
     return {"steps": steps, "policy_peak_gib": round(peak, 2)}
 
 
 class Sync:
-    """What workflow/weight_push.py does through Ray, for one rank and one engine."""
+    """What workflow/weight_push.py does through Ray, for one rank and its engines."""
 
-    def __init__(self, rank: Any, engine: Engine, *, shared: bool):
-        self.rank, self.engine, self.handle = rank, engine, None
-        self.dtype = engine.call("weight_dtype")
+    def __init__(self, rank: Any, engines: list[EngineProcess], *, shared: bool):
+        self.rank, self.engines, self.handle = rank, engines, None
+        self.dtype = engines[0].call("weight_dtype")
         if shared:
-            assert rank.sender("gpu") == engine.call("gpu")
+            assert {rank.sender("gpu")} == set(together(engines, "gpu"))
             self.handle = rank.sender("handle")
         else:
-            engine.start("join", rank.sender("meet", "127.0.0.1"), 1, 2, 300.0)
+            engines[0].start("join", rank.sender("meet", "127.0.0.1"), 1, 2, 300.0)
             rank.sender("join", world_size=2, timeout_s=300.0)
-            engine.result()
+            engines[0].result()
 
     def push(self, version: int) -> None:
-        self.engine.call("begin_sync", version)
+        together(self.engines, "begin_sync", version)
         self.rank.sender("start", self.dtype)
         while packed := self.rank.sender("fill"):
-            self.engine.start("load_bucket", packed, self.handle)
+            for engine in self.engines:
+                engine.start("load_bucket", packed, self.handle)
             if self.handle is None:
                 self.rank.sender("send")
-            self.engine.result()
-        held, sent = self.engine.call("end_sync"), self.rank.weights_digest(self.dtype)
-        assert held == sent, f"the engine holds {held[:12]}, the policy sent {sent[:12]}"
+            for engine in self.engines:
+                engine.result()
+        sent = self.rank.weights_digest(self.dtype)
+        for held in together(self.engines, "end_sync"):
+            assert held == sent, f"an engine holds {held[:12]}, the policy sent {sent[:12]}"
 
 
 def one_step(
-    options: argparse.Namespace, step: int, rank: Any, engine: Engine, sync: Sync, costs: Any
+    options: argparse.Namespace, step: int, rank: Any, engines: list[EngineProcess], sync: Sync, costs: Any
 ) -> dict[str, Any]:
     """Seconds by phase; the first of all steps compiles."""
     from posttrain.compute.generator import Request
@@ -165,7 +125,10 @@ def one_step(
         for s in range(options.group)
     ]
     marks = [time.perf_counter()]
-    made = engine.call("generate", requests)
+    share = len(requests) // len(engines)
+    for n, engine in enumerate(engines):
+        engine.start("generate", requests[n * share : (n + 1) * share])
+    made = [completion for engine in engines for completion in engine.result()]
     marks.append(time.perf_counter())
     units = []
     for n, prompt in enumerate(asked):
@@ -181,7 +144,7 @@ def one_step(
     denominator = count(loss, packs)
     marks.append(time.perf_counter())
     if options.sleep:
-        engine.call("sleep")
+        together(engines, "sleep")
     metrics = rank.train_step(step, packs, loss, denominator)
     marks.append(time.perf_counter())
     sync.push(step + 1)
@@ -279,6 +242,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=512, help="tokens of a completion")
     parser.add_argument("--steps", type=int, default=4, help="that count, after one that compiles")
     parser.add_argument("--pack-tokens", type=int, default=16_384)
+    parser.add_argument("--engines", type=int, default=1, help="of ours on the GPU, which share the rollouts")
     parser.add_argument("--precision", default="auto", help="optim.precision")
     parser.add_argument("--sleep", action="store_true", help="either engine gives its memory back while training")
     parser.add_argument("--micro-batch", type=int, default=32, help="TRL's")
@@ -301,7 +265,7 @@ def main() -> None:
     counted = sides["ours"]["steps"][1:]
     shown = {name: round(median(step[name] for step in counted), 4) for name in counted[0]}
     what = f"Qwen3 {options.size}, {options.rollouts} rollouts of {options.prompt} + {options.new} tokens, group "
-    what += f"{options.group}, one device, in turn; baseline: TRL GRPO + vLLM colocated"
+    what += f"{options.group}, one device, {options.engines} engines, in turn; baseline: TRL GRPO + vLLM colocated"
     found = row(
         "grpo_step", what, ours=typical["ours"], baseline=typical.get("trl", typical["ours"]), unit="s a step",
         tokens_per_s=round(shown["tokens"] / typical["ours"], 1), phases=shown, measured=sides,

@@ -1,11 +1,12 @@
-"""Does what RL learns depend on how stale the weights are, or on the method? The default task, once a cell and seed.
+"""Does what RL learns depend on the method, or on how stale the weights are? The default task, once a cell and seed.
 
-Cells: staleness 0, 1 and 4, with a token's importance weight truncated at 2 (the default) and not truncated; and the
-published methods of docs/rl.md with the default's hyperparameters. The baseline of a run is the model that it started
-from, on the same held-out rows and sampling noise. Prints a JSON line a run and writes
-benchmarks/results/rl_learning.json; cells that are not asked for stay in it as they are.
+Cells: the published methods of docs/rl.md on the default's hyperparameters, and staleness 0, 1 and 4 with the default's
+correction of what the sampler's weights differ by and without any. All cells of a seed go on from one model, which the
+warm-up made, by the same steps as in the flow. A run's baseline is that model, on the same held-out rows and sampling
+noise. Prints a JSON line a run and writes benchmarks/results/rl_learning.json; cells that are not asked for stay in it
+as they are.
 
-    python benchmarks/rl_learning.py [--seeds 0 1 2] [--cells staleness_1 gspo]
+    python -m benchmarks.rl_learning [--seeds 0 1 2] [--cells staleness_1 gspo]
 """
 
 import argparse
@@ -18,73 +19,131 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grpo_learning import summary
-from report import RESULTS, versions
+from benchmarks.report import RESULTS, versions
 
-CELLS: dict[str, list[str]] = {
-    "grpo": ["method.advantage=normalized", "method.loss=clipped", "method.weigh=sequence"],
-    "dr_grpo": ["method.loss=clipped"],
-    "dapo": [
-        "method.advantage=normalized",
-        "method.loss=clipped",
-        "method.clip=[0.2, 0.28]",
-        "method.replace_silent=true",
-    ],
-    "rloo": ["method.advantage=leave_one_out"],
-    "reinforce++": ["method.advantage=batch_normalized", "method.loss=clipped"],
-    "gspo": [
-        "method.advantage=normalized",
-        "method.loss=sequence",
-        "method.weigh=sequence",
-        "method.clip=[3e-4, 4e-4]",
-    ],
-    "cispo": ["method.advantage=normalized"],
-}
+ROOT = Path(__file__).resolve().parent.parent
+CELLS: dict[str, dict[str, Any]] = {f"staleness_{k}": {"rollout.max_staleness": k} for k in (0, 1, 4)}
 """Name -> what it changes of configs/grpo_tiny.yaml."""
-for _staleness in (0, 1, 4):
-    CELLS[f"staleness_{_staleness}"] = [f"rollout.max_staleness={_staleness}"]
-    CELLS[f"staleness_{_staleness}_not_truncated"] = [
-        f"rollout.max_staleness={_staleness}",
-        "method.importance_cap=1e6",
-    ]
+CELLS |= {f"staleness_{k}_uncorrected": {"rollout.max_staleness": k, "method.loss": "uncorrected"} for k in (0, 1, 4)}
+CELLS |= {
+    "grpo": {"method.advantage": "normalized", "method.loss": "clipped", "method.weigh": "sequence"},
+    "dr_grpo": {"method.loss": "clipped"},
+    "dapo": {
+        "method.advantage": "normalized",
+        "method.loss": "clipped",
+        "method.clip": [0.2, 0.28],
+        "method.replace_silent": True,
+        "method.overlong_tokens": 4,
+    },
+    "rloo": {"method.advantage": "leave_one_out"},
+    "reinforce++": {"method.advantage": "batch_normalized", "method.loss": "clipped"},
+    "gspo": {
+        "method.advantage": "normalized",
+        "method.loss": "sequence",
+        "method.weigh": "sequence",
+        "method.clip": [3e-4, 4e-4],
+    },
+    "cispo": {"method.advantage": "normalized"},
+    "ppo": {"method.advantage": "gae", "method.loss": "clipped", "method.epochs": 2},
+    "on_policy_distillation": {"method.advantage": "teacher"},
+}
+TEACHER = "staleness_0"
+"""The cell whose result of the same seed teaches on_policy_distillation."""
 
 
-def run(cell: str, seeds: list[int], folder: str) -> dict[str, Any]:
+class Start:
+    """What all cells of a seed begin with: data, tokens, and the model after the warm-up.
+
+    Args:
+        common: what the run changes of configs/grpo_tiny.yaml, whatever the cell.
+    """
+
+    def __init__(self, folder: Path, seed: int, common: dict[str, Any] | None = None):
+        from steps.merge_tokens import merge_tokens
+        from steps.prepare import prepare
+        from steps.tokenize import tokenize
+        from steps.train import train
+
+        self.folder, self.seed, self.trained, self.common = folder, seed, {}, common or {}
+        config, root = configured(seed, self.common), str(folder / "start")
+        made = prepare(config, root=root)
+        uris = {"root": root, "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
+        tokens = merge_tokens(config, **uris, parts=[tokenize(config, **uris, part=part) for part in made["parts"]])
+        self.tokens_uri = tokens["uri"]
+        warm = train(config, root=root, model_uri=uris["model_uri"], tokens_uri=self.tokens_uri)
+        assert warm is not None
+        self.model_uri = warm["model_uri"]
+
+    def run(self, cell: str) -> dict[str, Any]:
+        """What the cell learns from here."""
+        from steps.evaluate import evaluate
+        from steps.grpo import grpo
+
+        start, changes, teacher_uri = time.monotonic(), CELLS[cell], None
+        if changes.get("method.advantage") == "teacher":
+            if TEACHER not in self.trained:
+                self.run(TEACHER)
+            teacher_uri = self.trained[TEACHER]
+            changes = changes | {"method.teacher": teacher_uri}
+        config = configured(self.seed, self.common | changes)
+        uris = {"model_uri": self.model_uri, "tokens_uri": self.tokens_uri}
+        result = grpo(config, root=str(self.folder / cell), teacher_uri=teacher_uri, **uris)
+        assert result is not None
+        self.trained[cell] = result["model_uri"]
+        models = {"before": self.model_uri, "after": result["model_uri"]}
+        found = evaluate(config, tokens_uri=self.tokens_uri, models=models)
+        before, after = (found[name]["sampled_reward"] for name in models)
+        self.metrics = [json.loads(line) for line in Path(result["metrics"]).read_text().splitlines()]
+        steps = self.metrics
+        return {
+            "seed": self.seed,
+            "before": before,
+            "after": after,
+            "staleness_mean": round(fmean(step["rollout/staleness_mean"] for step in steps), 3),
+            "curve": [[n, round(step["eval/reward"], 4)] for n, step in enumerate(steps, 1) if "eval/reward" in step],
+            "seconds": round(time.monotonic() - start),
+        }
+
+
+def configured(seed: int, changes: dict[str, Any]) -> Any:
+    """The default config with changes."""
+    from posttrain.config_file import load_config
+
+    return load_config(json.dumps({"base": str(ROOT / "configs" / "grpo_tiny.yaml"), "seed": seed, **changes}))
+
+
+def described(cell: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The row of one cell."""
-    rows = []
-    for seed in seeds:
-        start = time.monotonic()
-        gain = summary(folder, f"seed={seed}", *CELLS[cell])["sampled_reward_gain"]
-        rows.append({"seed": seed, "gain": gain, "seconds": round(time.monotonic() - start)})
-        print(json.dumps({"cell": cell, **rows[-1]}), flush=True)
     return {
         "benchmark": "rl_learning",
         "cell": cell,
-        "workload": f"configs/grpo_tiny.yaml with {', '.join(CELLS[cell])}",
+        "workload": f"configs/grpo_tiny.yaml with {json.dumps(CELLS[cell])}",
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": versions("torch", "transformers", "ray"),
-        "ours": round(fmean(row["gain"] for row in rows), 4),
-        "baseline": 0.0,
+        "ours": round(fmean(row["after"] for row in rows), 4),
+        "baseline": round(fmean(row["before"] for row in rows), 4),
         "ratio": None,
-        "unit": "gain in held-out reward over the model before RL, sampled at temperature 1, mean of the seeds",
+        "unit": "held-out reward at temperature 1, mean of the seeds; baseline: the same model before RL",
         "seeds": rows,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--out", type=Path, default=RESULTS / "rl_learning.json")
     options = parser.parse_args()
     results = {row["cell"]: row for row in json.loads(options.out.read_text())} if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"] = folder
-        os.environ["METAFLOW_USER"] = "benchmark"
-        os.environ["METAFLOW_CLIENT_CACHE_PATH"] = str(Path(folder, "cache"))
+        starts = [Start(Path(folder, str(seed)), seed) for seed in options.seeds]
         for cell in options.cells:
-            results[cell] = run(cell, options.seeds, folder)
-            options.out.write_text(json.dumps(list(results.values()), indent=2) + "\n")
+            rows = []
+            for start in starts:
+                rows.append(start.run(cell))
+                print(json.dumps({"cell": cell, **rows[-1]}), flush=True)
+            results[cell] = described(cell, rows)
+            options.out.write_text(json.dumps([results[name] for name in CELLS if name in results], indent=2) + "\n")
 
 
 if __name__ == "__main__":

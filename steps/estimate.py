@@ -230,7 +230,7 @@ def _setup(config: RunConfig, stages: list[Stage], gpus: int | None) -> Setup:
         context=parallel.context,
         expert=parallel.expert,
         reference=isinstance(config.method, GRPO) and config.method.kl_coef is not None,
-        generator=rl and asked <= ranks * together,
+        generators=-(-config.rollout.generators // parallel.ranks) if rl and asked <= ranks * together else 0,
     )
 
 

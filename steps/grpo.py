@@ -11,7 +11,13 @@ from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
 from posttrain.data.advantage import advantages_of
 from posttrain.model.losses import Loss
-from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, SequenceTruncatedLoss, TruncatedLoss
+from posttrain.model.losses.policy_gradient import (
+    ClippedLoss,
+    SequenceLoss,
+    SequenceTruncatedLoss,
+    TruncatedLoss,
+    UncorrectedLoss,
+)
 from posttrain.model.losses.value import ValueLoss
 from posttrain.workflow.controller import Controller, Plan
 from posttrain.workflow.credit import Credit
@@ -154,6 +160,8 @@ def _policy_loss(method: GRPO, *, temperature: float) -> Loss:
             return ClippedLoss(**shared)
         case "sequence":
             return SequenceLoss(**shared)
+        case "uncorrected":
+            return UncorrectedLoss(**shared)
 
 
 if __name__ == "__main__":

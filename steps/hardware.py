@@ -17,8 +17,8 @@ class Hardware:
     """What each node offers Ray."""
     policy: Pool
     generator: Pool
-    shared: bool
-    """Whether generators and policy ranks share GPUs."""
+    shared: int
+    """Generators beside each policy rank, on its GPU; 0 where they have their own, or there is none."""
     sizes: Sizes
     """Of the policy's mesh."""
     sizes_on_one_node: Sizes
@@ -30,8 +30,8 @@ class Hardware:
 def hardware(parallel: Parallel, generators: int = 1, *, gpus_each: int = 1) -> Hardware:
     """One rule for a laptop and for N GPUs.
 
-    With a GPU to spare for each, generators get their own; otherwise each shares one with a policy
-    rank and the two take turns. On CPU the ranks split the cores, and the generators, which
+    With a GPU to spare for each, generators get their own; otherwise as many share that of each policy
+    rank, and rank and generators take turns. On CPU the ranks split the cores, and the generators, which
     work while the ranks wait, use all of them.
     """
     local = parallel.backend == "local"
@@ -39,6 +39,7 @@ def hardware(parallel: Parallel, generators: int = 1, *, gpus_each: int = 1) -> 
     gpus = parallel.gpus_per_node
     ranks_per_node = -(-parallel.ranks // parallel.nodes)
     alone = parallel.gpus >= parallel.ranks + generators * gpus_each
+    beside = -(-generators // parallel.ranks) if gpus and not alone else 0
     # One worker makes 0.6 M tokens/s and more (benchmarks/tokenize_pack.py); a GPU trains a 0.6B model at 0.1 M.
     workers = -(-gpus // 4)
     return Hardware(
@@ -50,11 +51,11 @@ def hardware(parallel: Parallel, generators: int = 1, *, gpus_each: int = 1) -> 
             placement="PACK" if gpus else "SPREAD",  # GPUs of a node talk over NVLink; cores are for sharing the work
         ),
         generator=Pool(
-            gpus=0 if not gpus else gpus_each if alone else 0.4,
+            gpus=0 if not gpus else gpus_each if alone else int(4000 / beside) / 10_000,  # Ray counts in 1/10,000
             threads=cores,
             orchestrator=parallel.orchestrator,
         ),
-        shared=bool(gpus) and not alone,
+        shared=beside,
         sizes=Sizes(data=parallel.data_ranks, context=parallel.context, tensor=parallel.tensor, expert=parallel.expert),
         sizes_on_one_node=_on_one_node(parallel),
         data_workers=workers,

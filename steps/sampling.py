@@ -22,7 +22,7 @@ from steps.origin import locate
 from steps.recipes import prompt_sets
 
 OWN_MEMORY, SHARED_MEMORY = 0.9, 0.4
-"""Of a GPU's memory, for vLLM's weights and cache: alone, and beside a policy rank."""
+"""Of a GPU's memory, for vLLM's weights and cache: alone, and of all engines beside a policy rank together."""
 
 CALLS = 64
 """Groups that wait in one vLLM engine at once where it samples while the policy trains."""
@@ -94,7 +94,7 @@ def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardwar
             cls = VllmGenerator
             arguments = arguments | {
                 "max_tokens": config.data.pack_tokens,  # no rollout is longer, of however many turns
-                "memory_share": SHARED_MEMORY if resources.shared else OWN_MEMORY,
+                "memory_share": SHARED_MEMORY / resources.shared if resources.shared else OWN_MEMORY,
                 "can_sleep": config.rollout.sleep,
             }
             # In turn with training all groups of a step come in one call, whose batches are the same in every run.

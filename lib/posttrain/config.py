@@ -94,7 +94,8 @@ class Rollout(Section):
     timeout_s: float = Field(default=600, gt=0)
     """Deadline of every call to a policy rank or generator, the start with its model load included, seconds."""
     generators: int = Field(default=1, ge=1)
-    """Copies of the engine that training samples with."""
+    """Copies of the engine that training samples with, each with a scheduler of its own; without GPUs for them alone,
+    as many share that of each policy rank."""
     max_staleness: int = Field(default=0, ge=0)
     """Optimizer steps by which the weights that sampled a token may be behind those that it trains; 0 samples and
     trains in turn, more lets generators work while the policy trains."""
@@ -276,10 +277,11 @@ class RunConfig(Section):
         alone = gpus >= ranks + rollout.generators * rollout.tensor
         if rollout.generator != "vllm" and (rollout.tensor > 1 or rollout.sleep):
             problems.append("rollout.tensor and rollout.sleep are vLLM's; set rollout.generator: vllm")
-        if self.method.name == "grpo" and gpus and not alone and (rollout.tensor > 1 or rollout.generators > ranks):
+        uneven = rollout.generators > ranks and rollout.generators % ranks > 0
+        if self.method.name == "grpo" and gpus and not alone and (rollout.tensor > 1 or uneven):
             problems.append(
                 f"rollout.generators = {rollout.generators} of rollout.tensor = {rollout.tensor} GPUs do not fit on "
-                f"{gpus} GPUs with {ranks} policy ranks: room is for one of a single GPU beside each rank, or for "
+                f"{gpus} GPUs with {ranks} policy ranks: room is for as many of a single GPU beside each rank, or for "
                 f"{max(gpus - ranks, 0)} GPUs without a rank"
             )
         if rollout.sleep and (alone or not gpus):

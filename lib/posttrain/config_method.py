@@ -112,9 +112,10 @@ class GRPO(Section):
     """advantage gae: gamma and lambda (arXiv:1506.02438)."""
     epochs: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of completions."""
-    loss: Literal["truncated", "truncated_sequence", "clipped", "sequence"] = "truncated"
+    loss: Literal["truncated", "truncated_sequence", "clipped", "sequence", "uncorrected"] = "truncated"
     """What a token does that is less likely under the trainer than under the sampler, or likelier: keep its gradient
-    at a bounded weight, its own or its completion's; give none beyond `clip`, by its own ratio or its completion's."""
+    at a bounded weight, its own or its completion's; give none beyond `clip`, by its own ratio or its completion's; or
+    count as if nothing differed, which is biased and there to compare with."""
     importance_cap: float = Field(default=2.0, ge=1)
     """truncated, truncated_sequence: upper bound of the trainer/sampler probability ratio of a token, or of a whole
     completion."""
@@ -137,7 +138,7 @@ class GRPO(Section):
     @model_validator(mode="after")
     def fits_together(self):
         by_group = self.advantage not in ("gae", "teacher")
-        if self.clip is not None and self.loss.startswith("truncated"):
+        if self.clip is not None and self.loss not in ("clipped", "sequence"):
             raise ValueError(f"clip does nothing with loss = {self.loss}; set loss to clipped or sequence")
         if by_group and self.group_size == 1:
             raise ValueError(f"group_size = 1 has no baseline with advantage = {self.advantage}; set 2 or more, or gae")

@@ -395,6 +395,13 @@ def test_generators_that_gpus_have_no_room_for_are_refused(changes, said):
     assert any(said in line for line in refusal(changes))
 
 
-@pytest.mark.parametrize("changes", [{"rollout.tensor": 2, "parallel.gpus_per_node": 4}, {"parallel.gpus_per_node": 2}])
-def test_generators_fit_on_gpus_of_their_own_or_beside_a_rank(changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout.tensor": 2, "parallel.gpus_per_node": 4},
+        {"parallel.gpus_per_node": 2},
+        {"parallel.gpus_per_node": 2, "rollout.generators": 4},
+    ],
+)
+def test_generators_fit_on_gpus_of_their_own_or_beside_ranks(changes):
     load({"rollout.generator": "vllm", **changes})

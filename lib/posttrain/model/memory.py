@@ -49,8 +49,9 @@ class Setup:
     """Ranks that share the experts."""
     reference: bool = False
     """A frozen copy of the model beside it."""
-    generator: bool = False
-    """A generator's copy of the model, in bfloat16, on the same GPU; its cache of keys and values is not counted."""
+    generators: int = 0
+    """Copies of the model, in bfloat16, of generators on the same GPU; their caches of keys and values are not
+    counted."""
     compiled: bool = True
     flex: bool = True
     """See activations.Saving."""
@@ -166,7 +167,7 @@ def _held(sizes: _Sizes, setup: Setup) -> Memory:
         optimizer=(4 * masters + 2 * _gradient_width(setup) * sizes.trained) / ranks,
         communication=gathered,
         reference=width * sizes.all / ranks if setup.reference else 0.0,
-        generator=2 * sizes.all * setup.tensor if setup.generator else 0.0,
+        generator=2.0 * sizes.all * setup.tensor * setup.generators,
     )
 
 

@@ -228,6 +228,6 @@ def test_experts_are_shared_and_met_by_their_share():
 
 
 def test_parts_add_up():
-    found = memory(decoder(), Setup(pack_tokens=16_384, reference=True, generator=True, data=2, micro_batches=2))
+    found = memory(decoder(), Setup(pack_tokens=16_384, reference=True, generators=1, data=2, micro_batches=2))
     assert isinstance(found, Memory) and all(found.parts().values())
     assert found.total == sum(found.parts().values()) == found.tensors + found.overhead

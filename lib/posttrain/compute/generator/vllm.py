@@ -8,6 +8,7 @@ under way is finished, weights are loaded, and the cache is dropped, that of run
 token is of the new weights alone; the requests themselves go on.
 """
 
+import gc
 import os
 import queue
 import threading
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from posttrain import faults, storage
 from posttrain.compute.generator import Completion, Request
+from posttrain.compute.generator.gpu_start import starting_alone
 from posttrain.compute.generator.vllm_requests import completion, sampling_params
 from posttrain.compute.vllm_logprobs import ENVIRONMENT, require_vllm
 from posttrain.compute.weight_sync import WRAP, Held, digest_of
@@ -35,6 +37,8 @@ ON_CPU = {
 
 MAX_SEQUENCES = {"cpu": 64, "cuda": 512}
 """Requests decoded together; more wait."""
+MAX_TOKENS = {"cpu": None, "cuda": 8192}
+"""Of prompts in one step: those of a whole batch come at once, and vLLM's own 2048 makes many steps of them."""
 
 
 @dataclass(slots=True)
@@ -80,10 +84,13 @@ class VllmGenerator:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         folder = str(storage.fetch(model_uri))
         try:
-            self.engine = self._start(folder, max_tokens, memory_share)
+            with starting_alone(self.device):
+                self.engine = self._start(folder, max_tokens, memory_share)
         except Exception as error:  # vLLM raises many kinds for a model or a machine that it does not serve
             reason = " ".join(str(error).split())
             raise ComputeError(f"vllm cannot run {model_uri}: {type(error).__name__}: {reason}") from error
+        gc.collect()
+        gc.freeze()  # what is there now stays: the collector need not look at it again at every step
         threading.Thread(target=self._loop, name="vllm-engine", daemon=True).start()
 
     def weight_dtype(self) -> str:
@@ -146,6 +153,7 @@ class VllmGenerator:
                 dtype=self.weight_dtype(),
                 max_model_len=min(max_tokens or longest, longest),
                 max_num_seqs=MAX_SEQUENCES[self.device],
+                max_num_batched_tokens=MAX_TOKENS[self.device],
                 gpu_memory_utilization=memory_share,
                 enforce_eager=on_cpu,
                 enable_prefix_caching=True,  # samples of a group share their prompt

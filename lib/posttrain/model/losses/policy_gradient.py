@@ -74,6 +74,19 @@ class SequenceTruncatedLoss(PolicyGradient):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UncorrectedLoss(PolicyGradient):
+    """-sum_t m_t A_t log p_t, as if the trainer itself had sampled: biased by all that its logprobs differ from the
+    sampler's. It is what the others are compared with (benchmarks/rl_learning.py)."""
+
+    reads: ClassVar[Reads] = "tokens"
+
+    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.advantages is not None, "policy gradients read rollouts"
+        terms = _score(output) * batch.advantages
+        return self.finish(-(batch.loss_mask * terms).sum(), output, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClippedLoss(PolicyGradient):
     """-sum_t m_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t): a token that moved too far gives no gradient.
 
@@ -136,13 +149,16 @@ def _by_sequence(rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return documents, zeros.index_add(0, documents, rows), zeros.index_add(0, documents, torch.ones_like(rows))
 
 
+def _score(output: Output) -> Tensor:
+    """[N] 1 in value with the gradient of log p: a sum of it reads as the objective that it estimates."""
+    return (output.logprobs - output.logprobs.detach()).exp()
+
+
 def _truncated(
     loss: TruncatedLoss | SequenceTruncatedLoss, importance: Tensor, output: Output, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     assert batch.advantages is not None
-    # 1 in value, and the gradient of log p: the sum then reads as the objective that it estimates.
-    ratio = (output.logprobs - output.logprobs.detach()).exp()
-    terms = importance.clamp(max=loss.importance_cap) * ratio * batch.advantages
+    terms = importance.clamp(max=loss.importance_cap) * _score(output) * batch.advantages
     total, metrics = loss.finish(-(batch.loss_mask * terms).sum(), output, batch)
     return total, metrics | {"importance_clipped": (batch.loss_mask * (importance > loss.importance_cap)).sum()}
 

@@ -25,7 +25,13 @@ from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
 from posttrain.model.losses import count
 from posttrain.model.losses.dpo import DPOLoss
-from posttrain.model.losses.policy_gradient import ClippedLoss, SequenceLoss, SequenceTruncatedLoss, TruncatedLoss
+from posttrain.model.losses.policy_gradient import (
+    ClippedLoss,
+    SequenceLoss,
+    SequenceTruncatedLoss,
+    TruncatedLoss,
+    UncorrectedLoss,
+)
 from posttrain.model.losses.reward import BradleyTerryLoss
 from posttrain.model.output import Output
 
@@ -331,6 +337,19 @@ def test_truncated_by_sequence_equals_the_grpo_trainer_of_trl(tmp_path, kl_coef:
     assert_same_gradients(model, loss / made.tokens, theirs)
     clipped = sum(n for n, r in zip(made.lengths, ratio.squeeze(-1).tolist(), strict=True) if r == 1.5)
     assert metrics["importance_clipped"] == clipped and 0 < clipped < made.tokens
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+def test_uncorrected_equals_the_grpo_trainer_of_trl_without_correction(tmp_path, kl_coef: float):
+    model = model_of(Qwen3ForCausalLM, 0)
+    trainer = grpo_trainer(model, tmp_path, loss_type="dapo", kl_coef=kl_coef)
+    made = Rollouts(model, 0.8)
+    theirs = trainer._compute_loss(trainer.model, made.inputs())  # which know nothing of the sampler
+    loss_fn = UncorrectedLoss(temperature=1.0, kl_coef=kl_coef)
+    loss, metrics = loss_fn(output_of(made.ours), made.batch(reference=bool(kl_coef)))
+    torch.testing.assert_close(loss / made.tokens, theirs, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(model, loss / made.tokens, theirs)
+    assert metrics["mismatch_abs"] > 0, "measured all the same"
 
 
 @pytest.mark.parametrize("kind", [SequenceTruncatedLoss, SequenceLoss])
