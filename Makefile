@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two files at once: much of a test with Ray is waiting for processes to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: run test test-slow test-verl test-trackers test-vllm lint docs bench clean
+.PHONY: run test test-slow test-verl test-trackers test-eval test-vllm lint docs bench clean
 .DEFAULT_GOAL := run
 
 # torch first and by its pinned version: a range asked for first may pull a CUDA build.
@@ -50,6 +50,10 @@ test-trackers: PACKAGES = "mlflow>=3,<4" "wandb>=0.19,<1"
 test-trackers: $(VENV)-trackers/.ready  ## what MLflow and W&B themselves read back
 	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-trackers/bin/python -m pytest tests/unit/workflow/test_trackers.py
 
+test-eval: PACKAGES = "lm-eval[hf]>=0.4.13,<0.5"
+test-eval: $(VENV)-eval/.ready  ## lm-eval itself on what a run exports, with a task of its own
+	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-eval/bin/python -m pytest tests/unit/workflow/test_lm_eval_tasks.py tests/steps/test_lm_eval.py
+
 test-vllm: PACKAGES = "numpy<2.4" pyzmq cbor2 msgspec pybase64 cachetools partial-json-parser "fastapi<0.137" \
   "openai>=2.25" "llguidance>=1.7,<1.8" cloudpickle aiohttp oss-harmony pillow uvloop py-cpuinfo prometheus_client \
   einops "compressed-tensors==0.17.0"
@@ -70,4 +74,4 @@ bench: $(READY)  ## the learning claim of the README: three seeds beside a run t
 	$(BIN)/python benchmarks/grpo_learning.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-vllm runs .metaflow
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-eval $(VENV)-vllm runs .metaflow

@@ -48,7 +48,7 @@ def run(recipe: str, seed: int, folder: str) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a line a recipe, a column a seed."""
     seeds = [row["seed"] for row in results[0]["seeds"]]
-    head = ["recipe", "measure", "before", *(f"after, seed {seed}" for seed in seeds), "seconds a flow"]
+    head = ["recipe", "measure", "before, mean", *(f"after, seed {seed}" for seed in seeds), "seconds a flow"]
     lines = [head, ["---"] * len(head)]
     for found in results:
         rows, measure = found["seeds"], found["unit"].split()[0]

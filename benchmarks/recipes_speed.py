@@ -136,6 +136,18 @@ def described(case: dict[str, Any], found: dict[str, Any], baseline: float | Non
     return row("recipes_speed", name, ours=rate, baseline=baseline or rate, unit="tokens/s", **more)
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown of the results, as docs/recipes.md has it: a line a case."""
+    head = ["recipe and model", "tokens/s", "of SFT's", "MFU", "peak memory, GiB"]
+    lines = [head, ["---"] * len(head)]
+    for found in results:
+        name, memory = found["workload"].rsplit(", ", 2)[0], found["measured"]["allocated_gib"]
+        mfu = "" if found["mfu"] is None else f"{found['mfu']:.1%}"
+        size = "" if memory is None else f"{memory:.1f}"
+        lines.append([name, f"{found['ours']:,.0f}", f"{found['ratio']:.2f}", mfu, size])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["sft", "dpo", "distill"], choices=["sft", "dpo", "distill"])
@@ -164,6 +176,7 @@ def main() -> None:
         if recipe == "sft":
             of_sft[size] = rows[-1]["ours"]
     write("recipes_speed", rows, options.out)
+    print(table(rows))
     sys.exit(1 if failed else 0)
 
 

@@ -33,7 +33,7 @@ def versions(*names: str) -> dict[str, str]:
 def row(benchmark: str, workload: str, *, ours: float, baseline: float, unit: str, **more: Any) -> dict[str, Any]:
     """One result: `ratio` above 1 means that ours is better, whichever way the unit points."""
     better_low = unit.split()[0] in ("ms", "s", "GiB", "MiB")
-    ratio = baseline / ours if better_low else ours / baseline
+    better, worse = (baseline, ours) if better_low else (ours, baseline)
     packages = versions("torch", "transformers", "trl", "liger-kernel", "triton", "safetensors")
     return {
         "benchmark": benchmark,
@@ -42,7 +42,7 @@ def row(benchmark: str, workload: str, *, ours: float, baseline: float, unit: st
         "versions": packages,
         "ours": round(ours, 4),
         "baseline": round(baseline, 4),
-        "ratio": round(ratio, 3),
+        "ratio": round(better / worse, 3) if worse else None,
         "unit": unit,
         **more,
     }

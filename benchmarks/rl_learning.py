@@ -52,16 +52,20 @@ TEACHER = "staleness_0"
 
 
 class Start:
-    """What all cells of a seed begin with: data, tokens, and the model after the warm-up."""
+    """What all cells of a seed begin with: data, tokens, and the model after the warm-up.
 
-    def __init__(self, folder: Path, seed: int):
+    Args:
+        common: what the run changes of configs/grpo_tiny.yaml, whatever the cell.
+    """
+
+    def __init__(self, folder: Path, seed: int, common: dict[str, Any] | None = None):
         from steps.merge_tokens import merge_tokens
         from steps.prepare import prepare
         from steps.tokenize import tokenize
         from steps.train import train
 
-        self.folder, self.seed, self.trained = folder, seed, {}
-        config, root = configured(seed, {}), str(folder / "start")
+        self.folder, self.seed, self.trained, self.common = folder, seed, {}, common or {}
+        config, root = configured(seed, self.common), str(folder / "start")
         made = prepare(config, root=root)
         uris = {"root": root, "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
         tokens = merge_tokens(config, **uris, parts=[tokenize(config, **uris, part=part) for part in made["parts"]])
@@ -81,14 +85,16 @@ class Start:
                 self.run(TEACHER)
             teacher_uri = self.trained[TEACHER]
             changes = changes | {"method.teacher": teacher_uri}
-        config, uris = configured(self.seed, changes), {"model_uri": self.model_uri, "tokens_uri": self.tokens_uri}
+        config = configured(self.seed, self.common | changes)
+        uris = {"model_uri": self.model_uri, "tokens_uri": self.tokens_uri}
         result = grpo(config, root=str(self.folder / cell), teacher_uri=teacher_uri, **uris)
         assert result is not None
         self.trained[cell] = result["model_uri"]
         models = {"before": self.model_uri, "after": result["model_uri"]}
         found = evaluate(config, tokens_uri=self.tokens_uri, models=models)
         before, after = (found[name]["sampled_reward"] for name in models)
-        steps = [json.loads(line) for line in Path(result["metrics"]).read_text().splitlines()]
+        self.metrics = [json.loads(line) for line in Path(result["metrics"]).read_text().splitlines()]
+        steps = self.metrics
         return {
             "seed": self.seed,
             "before": before,

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from posttrain.config import RunConfig, Section
+from posttrain.config_retrain import Retrain
 
 DOCS = Path(__file__).resolve().parent
 HEAD = """# Configuration
@@ -74,7 +75,8 @@ def kind(schema: dict[str, Any]) -> str:
 def documents() -> dict[str, str]:
     """File name -> text of everything that is generated."""
     schema = json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False)
-    return {"config.md": HEAD + "\n".join(rows(RunConfig, "")) + "\n", "config.schema.json": schema + "\n"}
+    tables = [*rows(RunConfig, ""), *rows(Retrain, "retrain", "retrain, of retrain_flow")]
+    return {"config.md": HEAD + "\n".join(tables) + "\n", "config.schema.json": schema + "\n"}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from posttrain.workflow.lm_eval_tasks import run_lm_eval
 from posttrain.workflow.measure_rows import measure_rows, row_scores
 from posttrain.workflow.measures import check_gate, in_order
 from posttrain.workflow.policy import Policy
+from steps.export import write_model
 from steps.hardware import Hardware, hardware
 from steps.recipes import asked_set, build_of, has_passes, measures_of, training_of
 from steps.sampling import RolloutParts, rollout_parts
@@ -52,14 +53,25 @@ def evaluate(
         found = asyncio.run(_evaluate(config, tokens_uri, models, measured_with, resources, per_row))
     if config.eval.lm_eval:  # the actors are gone: a GPU of theirs is free
         for name, uri in models.items():
-            found[name]["lm_eval"] = run_lm_eval(str(storage.fetch(uri)), config.eval.lm_eval)
+            found[name]["lm_eval"] = tasks_of_export(config, uri)
+    names = {"before": next(iter(models)), "after": list(models)[-1]}
     try:
-        check_gate(found, config.eval.gate, before=next(iter(models)), after=list(models)[-1])
+        check_gate(found, config.eval.gate, **names, slice_by=config.eval.slice_by)
     except GateError as error:
         if per_row is None:
             raise
-        found[list(models)[-1]]["refused"] = str(error)
+        found[names["after"]]["refused"] = str(error)
     return found
+
+
+def tasks_of_export(config: RunConfig, uri: str) -> dict[str, dict[str, float]]:
+    """eval.lm_eval of the folder that this model's export is, byte for byte but for the card and the lineage.
+
+    Both models are put to the tasks in that form, so that neither differs by its generation_config.json or dtype.
+    """
+    with storage.staging(f"{uri}-exported") as folder:
+        write_model(config, storage.fetch(uri), folder)
+        return run_lm_eval(str(folder), config.eval.lm_eval)
 
 
 async def _evaluate(config, tokens_uri, models, measured_with, resources, per_row) -> dict[str, dict[str, Any]]:

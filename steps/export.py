@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from posttrain import storage
@@ -46,11 +47,7 @@ def export(
     source, backend = storage.fetch(model_uri), backend_of(config.model.backend)
 
     def write(folder):
-        facts = backend.export(backend.load(source), folder, like=source)
-        tokenizer = BaseHFModelTokenizer(source)
-        write_generation_config(folder, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
-        if (source / ADAPTER).is_dir():
-            shutil.copytree(source / ADAPTER, folder / ADAPTER)
+        facts = write_model(config, source, folder)
         runs = [*read_lineage(source), _this_run(config, root, provenance, tokenizer_sha256, trained or {})]
         (folder / LINEAGE).write_text(json.dumps(runs, indent=2) + "\n")
         card = model_card(config, root, provenance=provenance, evaluation=evaluation, runs=runs)
@@ -58,7 +55,7 @@ def export(
         for name in LICENCE_FILES:
             if storage.exists(file := storage.join(root, "model", name)):
                 (folder / name).write_bytes(storage.read_bytes(file))
-        return facts | {"tokenizer_sha256": tokenizer.fingerprint()}
+        return facts
 
     storage.ensure_folder(uri, write)
     folder = storage.fetch(uri)
@@ -67,6 +64,22 @@ def export(
     if fingerprint != tokenizer_sha256:
         raise DataError(f"{uri}: tokenizer {fingerprint[:12]} is not the one trained with, {tokenizer_sha256[:12]}")
     return {"uri": uri, **checked, "tokenizer_sha256": fingerprint}
+
+
+def write_model(config: RunConfig, source: Path, folder: Path) -> dict[str, Any]:
+    """Write what a loader opens: config, weights, tokenizer, template, which tokens end a turn, and the adapters.
+
+    The same bytes from the same `source` each time: the step evaluate puts to lm-eval what export() will publish.
+
+    Returns:
+        Facts for a manifest: those of the backend, and tokenizer_sha256.
+    """
+    backend, tokenizer = backend_of(config.model.backend), BaseHFModelTokenizer(source)
+    facts = backend.export(backend.load(source), folder, like=source)
+    write_generation_config(folder, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+    if (source / ADAPTER).is_dir():
+        shutil.copytree(source / ADAPTER, folder / ADAPTER)
+    return facts | {"tokenizer_sha256": tokenizer.fingerprint()}
 
 
 def _this_run(

@@ -19,6 +19,7 @@ from posttrain.data.types import Unit
 from posttrain.errors import DataError, RowError
 from posttrain.model.backend import backend_of
 from posttrain.model.families import DecoderConfig
+from posttrain.workflow.measures import check_slices
 from steps.data_report import first_window_report, prompt_report, read_report, source_report
 from steps.recipes import prompt_sets
 from steps.streams import (
@@ -121,6 +122,7 @@ def _write_held_out(config: RunConfig, data: Path, folder: Path, encoder: Encode
         raise DataError("data.held_out: no row is left to evaluate on; raise data.pack_tokens, or bring shorter rows")
     write_units(((unit, None) for unit in units), folder / HELD_OUT_UNITS)
     if column is not None:
+        check_slices(config.eval.gate, column, slices)  # all rows of one may have been too long
         (folder / HELD_OUT_SLICES).write_text(json.dumps(slices))
 
 

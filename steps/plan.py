@@ -21,9 +21,10 @@ from posttrain.model.heads import NATIVE, output_names
 from posttrain.model.load import read_config
 from posttrain.plugin import resolve
 from posttrain.workflow.lm_eval_tasks import lm_eval_problems
+from posttrain.workflow.measures import gated
 from posttrain.workflow.trackers import missing_packages
 from steps.origin import RUN, locate
-from steps.recipes import measure_names, prompt_sets, trains_on_rows
+from steps.recipes import measure_names, prompt_sets, sliced_names, trains_on_rows
 
 LIBRARIES = ("posttrain", "torch", "transformers", "ray", "metaflow", "pydantic", "numpy", "vllm")
 
@@ -161,12 +162,16 @@ def _check_origin(config: RunConfig, origin: Origin, key: str) -> list[str]:
 
 
 def _check_gate(config: RunConfig) -> list[str]:
-    known = measure_names(config)
-    return [
-        f"eval.gate.{name}: no measure of this run; it has {', '.join(known)}"
-        for name in config.eval.gate
-        if name not in known
-    ]
+    """Whether every measure is one of this run; whether there is such a slice, the rows will tell in prepare."""
+    column, known, of_slices = config.eval.slice_by, measure_names(config), sliced_names(config)
+    sliced = f", and of a slice {', '.join(f'{name}[{column}=...]' for name in of_slices)}" if of_slices else ""
+    problems = []
+    for name in config.eval.gate:
+        measure, part = gated(name, column)
+        if measure not in (known if part is None else of_slices):
+            more = "; a slice needs eval.slice_by" if column is None and "[" in name else ""
+            problems.append(f"eval.gate.{name}: no measure of this run; it has {', '.join(known)}{sliced}{more}")
+    return problems
 
 
 def _check_split(config: RunConfig) -> list[str]:

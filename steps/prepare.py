@@ -21,6 +21,7 @@ from posttrain.manifest import MANIFEST, read_manifest
 from posttrain.model.backend import backend_of
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.heads import FOLDER as HEADS
+from posttrain.workflow.measures import check_slices
 from steps.model_card import LICENCE_FILES, README
 from steps.origin import LINEAGE, locate
 from steps.recipes import prompt_sets, rows_of, teacher_of, trains_on_rows
@@ -99,7 +100,7 @@ def write_data(config: RunConfig, *, root: str, folder: Path) -> None:
     keep = (*rows_of(config).ratings, *(() if slice_by is None else (slice_by,)))
     held_out = read_rows(config.data.held_out, key="data.held_out", seed=seed, wanted=kind, keep=keep)
     if slice_by is not None:
-        slices_of(held_out, slice_by)  # refused here, before anything is tokenised
+        check_slices(config.eval.gate, slice_by, slices_of(held_out, slice_by))  # before anything is tokenised
     write_rows(held_out, folder / "held_out.parquet")
     reserved = frozenset(question_hash(row) for row in held_out) if kind == "prompt" else frozenset()
     for name, (key, source) in prompt_sets(config).items():

@@ -96,15 +96,30 @@ def measures_of(config: RunConfig) -> list[tuple[Loss, dict[str, str]]]:
 
 def measure_names(config: RunConfig) -> list[str]:
     """Measures of the run's final evaluation that a gate may name."""
+    return in_order((_of_answers(config) | _of_rows(config)) - NOT_JUDGED)
+
+
+def sliced_names(config: RunConfig) -> list[str]:
+    """Those that a gate may name of a slice of data.held_out: in RL of its answers, else of its rows; none without
+    eval.slice_by."""
+    if config.eval.slice_by is None:
+        return []
+    return in_order((_of_answers(config) if config.method.name == "grpo" else _of_rows(config)) - NOT_JUDGED)
+
+
+def _of_answers(config: RunConfig) -> set[str]:
     found = set(REWARDS) if config.samples_completions else set()
-    found |= set(pass_names(config.eval.samples)) if has_passes(config) else set()
-    if config.method.name != "grpo":
-        of_rows = measures_of(config)
-        found |= {name for _, names in of_rows for name in names.values()}
-        found |= {"calibration_error"} if any(getattr(loss, "bins", 0) for loss, _ in of_rows) else set()
-        found |= {"abs_error"} if rows_of(config).ratings else set()
-        found |= {"perplexity"} if any(loss.reads == "tokens" for loss, _ in of_rows) else set()
-    return in_order(found - NOT_JUDGED)
+    return found | (set(pass_names(config.eval.samples)) if has_passes(config) else set())
+
+
+def _of_rows(config: RunConfig) -> set[str]:
+    if config.method.name == "grpo":
+        return set()
+    measures = measures_of(config)
+    found = {name for _, names in measures for name in names.values()}
+    found |= {"calibration_error"} if any(getattr(loss, "bins", 0) for loss, _ in measures) else set()
+    found |= {"abs_error"} if rows_of(config).ratings else set()
+    return found | ({"perplexity"} if any(loss.reads == "tokens" for loss, _ in measures) else set())
 
 
 def has_passes(config: RunConfig) -> bool:

@@ -64,6 +64,17 @@ class Starved(Worker):
         self.die()
 
 
+class Crowded(Worker):
+    """Lives in a real cgroup, which has less memory than it takes."""
+
+    def __init__(self, rank: int, cgroup: str):
+        super().__init__(rank)
+        Path(cgroup, "cgroup.procs").write_text(str(os.getpid()))
+
+    def take_too_much(self) -> int:
+        return len(bytearray(1 << 30))
+
+
 class Unstartable:
     def __init__(self):
         raise MemoryError("no room for the model")

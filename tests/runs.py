@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain import storage
 from posttrain.config import RunConfig
 from posttrain.config_file import load_config
 
@@ -66,20 +67,20 @@ def small_config(**overrides: Any) -> RunConfig:
 class Prepared:
     """A run up to and including tokenisation."""
 
-    root: Path
+    root: Path | str
     model_uri: str
     tokens_uri: str
     teacher_uri: str | None = None
 
 
-def prepared(root: Path, config: RunConfig) -> Prepared:
-    """Run prepare, tokenize and merge_tokens in this process."""
+def prepared(root: Path | str, config: RunConfig) -> Prepared:
+    """Run prepare, tokenize and merge_tokens in this process, in a folder or below an s3:// prefix."""
     from steps.merge_tokens import merge_tokens
     from steps.prepare import prepare
     from steps.tokenize import tokenize
 
     made = prepare(config, root=str(root))
-    (root / "config.json").write_text(config.model_dump_json())
+    storage.write_bytes(storage.join(str(root), "config.json"), config.model_dump_json().encode())
     uris = {"root": str(root), "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
     parts = [tokenize(config, **uris, part=part) for part in made["parts"]]
     tokens = merge_tokens(config, **uris, parts=parts)

@@ -1,15 +1,18 @@
 """The documentation is true: generated pages are current, links resolve, and every command shown exists."""
 
+import importlib
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from posttrain.config import RunConfig, Section
+from posttrain.config import Section
+from posttrain.config_retrain import RetrainConfig
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -27,6 +30,13 @@ def test_the_generated_data_page_is_current():
         assert (ROOT / "docs" / name).read_text() == text, f"run `make docs`: docs/{name} is old"
 
 
+@pytest.mark.parametrize("benchmark", ["recipes_learning", "recipes_speed"])
+def test_the_tables_of_the_recipes_are_their_results(benchmark: str):
+    module = importlib.import_module(f"benchmarks.{benchmark}")
+    table = module.table(json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text()))
+    assert table in (ROOT / "docs" / "recipes.md").read_text(), f"docs/recipes.md has not the table of today:\n{table}"
+
+
 def sections(section: type[Section], path: str = "") -> list[tuple[str, type[Section]]]:
     from generate_config import sections_of
 
@@ -37,7 +47,7 @@ def sections(section: type[Section], path: str = "") -> list[tuple[str, type[Sec
     return found
 
 
-@pytest.mark.parametrize(("path", "section"), sections(RunConfig))
+@pytest.mark.parametrize(("path", "section"), sections(RetrainConfig))
 def test_every_key_is_documented_once(path: str, section: type[Section]):
     from generate_config import sections_of
 
@@ -51,7 +61,7 @@ def test_every_key_is_used():
     code = "\n".join(p.read_text() for p in files if p.name not in schema)
     handed_on_whole = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "betas"}
     handed_on_whole |= {"weight_decay", "max_grad_norm", "schedule"}
-    for path, section in sections(RunConfig):
+    for path, section in sections(RetrainConfig):
         for name in section.model_fields.keys() - handed_on_whole:
             assert re.search(rf"[.\"']{name}\b", code), f"{path}.{name} is read nowhere"
 
@@ -74,7 +84,7 @@ def test_make_targets_shown_exist(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_config_keys_shown_exist(page: Path):
-    known = {f"{path}.{name}".lstrip(".") for path, section in sections(RunConfig) for name in section.model_fields}
+    known = {f"{path}.{name}".lstrip(".") for path, section in sections(RetrainConfig) for name in section.model_fields}
     heads = {key.split(".")[0] for key in known}
     for key in re.findall(r"--config-value ([\w.]+)=", page.read_text()):
         assert key in known or key == "KEY", f"{page.name}: {key}"

@@ -135,7 +135,8 @@ class Eval(Section):
     `folder/name` for a YAML file of yours in that folder."""
     gate: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Measure of the final evaluation -> by how much the trained model may be worse than the one it started from; else
-    the run fails before its export. {loss: 0} forbids any harm."""
+    the run fails before its export. {loss: 0} forbids any harm; with slice_by: lang, {"loss[lang=de]": 0} any to the
+    rows whose lang is de."""
     deliver: Literal["last", "best"] = "last"
     """Weights that an offline recipe hands on: the last, or those of the quick evaluation with the least loss."""
 

@@ -73,7 +73,7 @@ def _document(text: str, *, where: str, seen: tuple[Path, ...]) -> dict[str, Any
 
 def _put(target: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set a dotted key; a mapping is merged into the section it names, null removes what the base set."""
-    *parents, leaf = [key] if ":" in key else key.split(".")  # an import path, as reward.function may have for a key
+    *parents, leaf = _parts(key)
     for parent in parents:
         below = target.get(parent)
         if below is not None and not isinstance(below, dict):
@@ -86,6 +86,14 @@ def _put(target: dict[str, Any], key: str, value: Any, where: str) -> None:
         target[leaf] = merged
     else:
         target[leaf] = value
+
+
+def _parts(key: str) -> list[str]:
+    """The sections that a dotted key goes through. An import path, as reward.function may have for a key, is one; of a
+    slice, as in eval.gate.loss[site=a.b], the dots are its own."""
+    dotted, bracket, rest = key.partition("[")
+    *parents, leaf = [dotted] if ":" in dotted else dotted.split(".")
+    return [*parents, leaf + bracket + rest]
 
 
 def _combinations(document: dict[str, Any], wrong: list[tuple[int | str, ...]], schema: type[RunConfig]) -> list[str]:

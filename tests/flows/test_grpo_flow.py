@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from runs import ROOT, SMALL
 
@@ -56,6 +58,19 @@ def run(finished: Path):
     metadata(f"local@{finished}")
     namespace(None)
     return Run(f"GRPOFlow/{(finished / 'run_id').read_text()}")
+
+
+def test_the_notebook_reads_a_finished_run(finished: Path, run, monkeypatch):
+    monkeypatch.chdir(finished)  # whose metadata Metaflow's client then reads
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "lib"), str(ROOT)]))
+    notebook = nbformat.read(ROOT / "notebooks" / "inspect_run.ipynb", 4)
+    NotebookClient(notebook, timeout=120).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert run.pathspec in printed and run.data.trained["ledger"]["digest"] in printed
+    assert "warmup {'steps':" in printed and "reward 0.0, weights" in printed
+    titles = [o["data"]["text/plain"] for o in outputs if "application/vnd.vegalite.v5+json" in o.get("data", {})]
+    assert "Reward" in titles
 
 
 def test_the_flow_ends_with_a_table_and_the_export_path(finished: Path):

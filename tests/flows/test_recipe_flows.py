@@ -55,9 +55,12 @@ def test_a_recipe_runs_from_its_config_to_its_export(tmp_path: Path, name: str, 
 @pytest.mark.slow
 def test_a_gate_ends_the_run_before_its_export(tmp_path: Path):
     rate = {"optim.lr": 1.0}  # so large that six steps do harm
-    changes = overrides("sft") | {"eval.prompts": None, "reward": None, "eval.gate": {"loss": 0}} | rate
+    sliced = {"data.held_out": SLICED["sft"], "eval.slice_by": "slice"}
+    gate = {"eval.gate": {"loss": 0, "loss[slice=long]": 0, "loss[slice=short]": 1e9}}
+    changes = overrides("sft") | {"eval.prompts": None, "reward": None} | sliced | gate | rate
     flow = [sys.executable, str(ROOT / "flows" / "sft_flow.py"), "--config-value", "config", json.dumps(changes), "run"]
     env = environment(tmp_path)
     done = subprocess.run(flow, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode != 0 and "GateError: eval.gate: loss went from" in done.stdout
+    assert "; loss[slice=long] went from" in done.stdout and "loss[slice=short] went" not in done.stdout
     assert not list((tmp_path / "runs").glob("*/*/export"))

@@ -16,6 +16,7 @@ from posttrain.compute.mesh import Sizes
 from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
+from posttrain.errors import ComputeError
 from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.policy_rank import PolicyRank
 from posttrain.workflow.training import Training
@@ -124,3 +125,15 @@ def test_a_deterministic_rank_resumes_to_the_same_bits(model_uri):
         [sys.executable, "-c", code, model_uri], env=os.environ | {"PYTHONPATH": path}, capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+def test_a_full_gpu_is_named(model_uri):
+    rank = rank_of(model_uri)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
+    try:
+        with pytest.raises(ComputeError, match=r"step 1: out of GPU memory with 1 packs.*\n.*in use: .*\nplanned: "):
+            steps_of(rank, range(1))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

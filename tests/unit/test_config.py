@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from posttrain.config import RunConfig
 from posttrain.config_file import load_config
+from posttrain.config_retrain import RetrainConfig
 from posttrain.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,8 @@ def refusal(changes):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_file_in_configs_parses(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert isinstance(load_config(path.read_text()), RunConfig)
+    schema = RetrainConfig if path.name.startswith("retrain_") else RunConfig
+    assert isinstance(load_config(path.read_text(), schema), RunConfig)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,12 @@ def test_a_dotted_key_changes_one_value_and_keeps_its_neighbours():
 def test_a_section_is_merged_into_the_section_of_its_base():
     assert load({"warmup": {"lr": 0.5}}) == load({"warmup.lr": 0.5})
     assert load({"model": {"fresh": {"num_layers": 2}}}) == load({"model.fresh.num_layers": 2})
+
+
+def test_the_dots_of_a_slice_are_its_own():
+    gate = {"loss[site=a.b:c]": 0.5, "loss": 0.0}
+    assert load({"eval.gate": {"loss": 0.0}, "eval.gate.loss[site=a.b:c]": 0.5}).eval.gate == gate
+    assert load({"eval.gate": gate}).eval.gate == gate
 
 
 def test_null_removes_what_the_base_set():

@@ -6,6 +6,7 @@ neighbours. Data ranks are replica x expert; expert parallelism is carved out of
 
 from dataclasses import dataclass
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from posttrain.errors import ComputeError
@@ -84,6 +85,10 @@ def make_mesh(sizes: Sizes, *, world: int, device_type: str) -> Mesh:
     sizes.check(world)
     axes = {"replica": sizes.data // sizes.expert, "context": sizes.context}
     axes |= {"expert": sizes.expert, "tensor": sizes.tensor}
+    if device_type == "cuda":
+        torch.cuda.set_device(
+            torch.cuda.current_device()
+        )  # else torch guesses one by the rank's number, with a warning
     whole = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     return Mesh(
         sizes=sizes,

@@ -35,6 +35,7 @@ from posttrain.model.moe import router_metrics
 from posttrain.model.optim import adamw
 from posttrain.model.schedule import lr_scale
 from posttrain.workflow.costs import Costs
+from posttrain.workflow.gpu_memory import naming_what_did_not_fit
 from posttrain.workflow.place import place
 from posttrain.workflow.policy_model import (
     Build,
@@ -186,11 +187,12 @@ class PolicyRank:
         """
         timer = StepTimer(self.device)
         faults.point("policy.train_step", self.rank)
-        batches = [self._batch(pack) for pack in packs]
-        if self.has_reference and batches and batches[0].ref_logprobs is None:  # else they bring what it said
-            batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
-        timer.mark("prepare")
-        metrics = self.engine.train_step(step, batches, loss, denominator=denominator, repeats=repeats, timer=timer)
+        with naming_what_did_not_fit(self, step, packs):
+            batches = [self._batch(pack) for pack in packs]
+            if self.has_reference and batches and batches[0].ref_logprobs is None:  # else they bring what it said
+                batches = [replace(b, ref_logprobs=self._ref_logprobs(b, loss.temperature)) for b in batches]
+            timer.mark("prepare")
+            metrics = self.engine.train_step(step, batches, loss, denominator=denominator, repeats=repeats, timer=timer)
         return metrics | {name: float(value) for name, value in router_metrics(self.engine.model).items()}
 
     def evaluate(self, packs: Sequence[Pack], loss: Loss, denominator: float, repeats: int = 0) -> dict[str, float]:

@@ -4,12 +4,14 @@ import asyncio
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
-from plain_actors import Starved, Unstartable, Worker
+from plain_actors import Crowded, Starved, Unstartable, Worker
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.compute.pool import Pool, by_node
 from posttrain.compute.whereabouts import last_words, tail
@@ -97,6 +99,35 @@ def test_the_error_of_an_actor_names_host_and_process_and_shows_its_log(mortal: 
 
 def test_a_death_for_want_of_memory_is_told_from_any_other(cluster, tmp_path):
     group = ActorGroup("worker", Starved, [{"rank": 0, "cgroups": str(tmp_path)}], Pool(cpus=0))
+    asyncio.run(group.call("pid", timeout_s=60))
+    with pytest.raises(WorkerDiedError, match=r"worker 0 died[^\n]*\nout of host memory: .*oom_kill 0 -> 1"):
+        asyncio.run(group.call("take_too_much", timeout_s=60))
+    group.kill()
+
+
+@pytest.fixture
+def crowded():
+    """A memory cgroup of 128 MiB, which takes root."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        folder = Path(root, f"posttrain-{os.getpid()}")
+        try:
+            folder.mkdir()
+            (folder / limit).write_text(str(128 << 20))
+        except OSError:
+            continue
+        yield str(folder)
+        for _ in range(100):  # the kernel takes a moment to let go of the dead
+            with suppress(OSError):
+                folder.rmdir()
+                return
+            time.sleep(0.1)
+        folder.rmdir()
+        return
+    pytest.skip("memory cgroups cannot be made here")
+
+
+def test_a_process_that_the_kernel_killed_for_its_memory_is_told_so(cluster, crowded):
+    group = ActorGroup("worker", Crowded, [{"rank": 0, "cgroup": crowded}], Pool(cpus=0))
     asyncio.run(group.call("pid", timeout_s=60))
     with pytest.raises(WorkerDiedError, match=r"worker 0 died[^\n]*\nout of host memory: .*oom_kill 0 -> 1"):
         asyncio.run(group.call("take_too_much", timeout_s=60))

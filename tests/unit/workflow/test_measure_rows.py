@@ -10,7 +10,7 @@ import pytest
 from posttrain.workflow.evaluation_tables import evaluation_tables, markdown
 from posttrain.workflow.measure_rows import margins_of, measure_rows
 from runs import prepared, recipe_config
-from steps.recipes import measure_names, measures_of
+from steps.recipes import measure_names, measures_of, sliced_names
 from steps.streams import held_out_slices, held_out_units
 from unit_policy import OneRank
 
@@ -30,6 +30,7 @@ def test_a_slice_is_measured_as_its_rows_alone(tmp_path: Path, name: str):
     config, policy, units, slices, found = measured(name, tmp_path, warmup=None, **changes)
     assert set(slices) == {"short", "long"} and set(found["slices"]) == {"short", "long"}
     assert set(measure_names(config)) <= set(found), "the gate may name every measure that the run has"
+    assert all(set(sliced_names(config)) <= set(part) for part in found["slices"].values()), "and of every slice"
     mine = [unit for unit, where in zip(units, slices, strict=True) if where == "short"]
     alone = asyncio.run(measure_rows(policy, mine, measures_of(config)))  # pyright: ignore[reportArgumentType]
     part = found["slices"]["short"]

@@ -1,6 +1,7 @@
 """What a rank says of the tokens of packs before a step, against models that are asked one by one."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.data.types import Pack, Sample
+from posttrain.errors import ComputeError
 from posttrain.model.forward import forward
 from posttrain.model.load import load_decoder
 from posttrain.model.lora import LoRA
@@ -90,3 +92,27 @@ def test_a_critic_is_kept_in_checkpoints_and_sent_to_no_generator(models):
     rank = rank_of(models)
     assert any("heads.value" in name for name in rank.state_shapes())
     assert not any("value" in name for name in rank.weights("float32")), "no generator has a place for it"
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A loss that finds the device full, as CUDA's allocator says it."""
+
+    temperature: float = 1.0
+    reads: ClassVar[str] = "tokens"
+
+    def __call__(self, output, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def test_a_full_gpu_is_named_with_the_packs_the_plan_and_the_fix(models):
+    rank, packs = rank_of(models), rollouts()
+    with pytest.raises(ComputeError) as caught:
+        rank.train_step(6, packs, TooLarge(), 24.0)
+    said = str(caught.value)
+    documents = sorted((len(sample) for pack in packs for sample in pack.samples), reverse=True)
+    assert said.startswith(
+        f"step 7: out of GPU memory with {len(packs)} packs of 32 tokens, 4 documents, the longest of"
+    )
+    assert ", ".join(map(str, documents)) in said
+    assert "planned: 0." in said and "activation_checkpointing" in said and "Tried to allocate 20.00 GiB" in said
