@@ -1,5 +1,5 @@
-"""Retraining: new rows train a challenger, which replaces the champion if it is better. `python flows/retrain_flow.py run`,
-or deployed: by the clock, or after another flow.
+"""Retraining: new rows train a challenger, which replaces the champion if it is better; by hand, by the clock, or after
+another flow. `python flows/retrain_flow.py run`.
 
 start -> the graph of base.py, from the champion on what is new -> export -> promote -> end; start -> end without news.
 """
