@@ -20,3 +20,6 @@ class OneRank:
 
     async def evaluate(self, packs: list[Pack], loss: Loss) -> dict[str, float]:
         return self.rank.evaluate(packs, loss, count(loss, packs))
+
+    async def document_logprobs(self, packs: list[Pack]) -> list[list[float]]:
+        return self.rank.document_logprobs(packs)

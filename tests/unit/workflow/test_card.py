@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from posttrain.data.types import Prompt, Rollout
 from posttrain.workflow import charts, markup
 from posttrain.workflow.card import GRPO, SFT, View, all_charts, sample_table, status
-from posttrain.workflow.pages import answers, verdict
+from posttrain.workflow.pages import answers, promotion_page, verdict
 
 HOSTILE = "a | b `c` \r\n\n# head <b>x</b> <script>y</script> \"q\" 'p' &amp; \u202e \x00 [l](http://e) </div>"
 
@@ -285,3 +285,27 @@ def test_answers_of_all_models_stand_beside_each_other():
     assert html.unescape("&lt;p&gt;<b>no</b>0.250yes0.750") in seen.text
     assert "before 0.250, change +0.500" in Opened(verdict(evaluation)).text
     assert "change" not in Opened(verdict({"after": found("yes", 0.75)})).text
+
+
+@pytest.mark.parametrize(
+    ("outcome", "parent", "title"),
+    [
+        ("promoted", 1, "Promoted as version 2"),
+        ("kept", 1, "Version 1 stays champion"),
+        ("kept", None, "Not promoted"),
+        ("stale", 1, "Too late to be promoted"),
+    ],
+)
+def test_a_promotion_shows_its_decision_both_models_and_the_interval(outcome: str, parent: int | None, title: str):
+    comparison = {"rows": 256, "gain": 0.25, "low": 0.125, "high": 0.5, "margin": 0.1, "confidence": 0.9}
+    promotion = {"outcome": outcome, "version": 2 if outcome == "promoted" else None, "parent": parent, "files": 3}
+    promotion |= {"run": "Flow/7", "why": HOSTILE, "measure": "loss", "comparison": comparison}
+    models = {"before": {"loss": 2.5, "scores": {"0": -2.5}}, "after": {"loss": 2.25, "scores": {"0": -2.25}}}
+    head, decision, chart, both = promotion_page(promotion, models)
+    assert title in Opened(str(head)).text and "script" not in Opened(str(decision)).tags
+    assert "+0.25" in Opened(str(decision)).text and "90% sure" in Opened(str(decision)).text
+    assert "2.50" in Opened(str(both)).text and "2.25" in Opened(str(both)).text
+    assert isinstance(chart, dict)
+    values = [layer["data"]["values"][0] for layer in chart["layer"]]
+    assert values == [{"low": 0.125, "high": 0.5}, {"gain": 0.25}, {"margin": 0.1}]
+    json.dumps(chart)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.workflow.evaluation_tables import evaluation_tables, markdown
-from posttrain.workflow.measure_rows import margins_of, measure_rows
+from posttrain.workflow.measure_rows import margins_of, measure_rows, row_scores
 from runs import prepared, recipe_config
 from steps.recipes import measure_names, measures_of, sliced_names
 from steps.streams import held_out_slices, held_out_units
@@ -64,3 +64,12 @@ def test_many_margins_are_told_by_their_quarters(tmp_path: Path):
     assert names[0] == "1: 0 to 0.3" and names[-1] == "4: 0.8 to 1.1"
     assert max(map(names.count, names)) <= 4, "quarters hold about as many pairs"
     assert margins_of(units[:1]) == []
+
+
+def test_the_score_of_a_row_is_minus_its_own_loss(tmp_path: Path):
+    config, policy, units, *_ = measured("sft", tmp_path, warmup=None)
+    scores = asyncio.run(row_scores(policy, units))  # pyright: ignore[reportArgumentType]
+    assert list(scores) == [str(number) for number in range(len(units))]
+    for number, unit in enumerate(units):
+        alone = asyncio.run(measure_rows(policy, [unit], measures_of(config)))  # pyright: ignore[reportArgumentType]
+        assert scores[str(number)] == pytest.approx(-alone["loss"], abs=1e-4)
