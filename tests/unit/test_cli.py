@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain import storage
+from posttrain.workflow import registry
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import LedgerFile
 from runs import ROOT, SMALL
@@ -136,3 +138,23 @@ def test_plan_prints_a_table_or_json_and_its_verdict_is_the_exit_status(tmp_path
     done = posttrain("plan", small, "--gpus", 1, "--gpu", "l4", *words)
     assert done.returncode == 1 and not done.stderr, done.stderr
     assert "does not fit" in done.stdout and "bfloat16_stochastic" in done.stdout
+
+
+def test_registry_shows_the_champion_and_goes_back_to_its_parent(tmp_path):
+    for number, parent in ((1, None), (2, 1)):
+        export = tmp_path / "export" / str(number)
+        with storage.staging(str(export)) as folder:
+            (folder / "model.safetensors").write_bytes(bytes(number))
+            storage.publish(folder, str(export))
+        made = registry.Candidate(run=f"Flow/{number}", parent=parent, model_uri=str(export), key=str(number))
+        registry.promote(str(tmp_path / "champions"), made)
+    shown = posttrain("registry", "show", "champions", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert f"version 2 is champion: {tmp_path}/champions/models/Flow/2" in shown.stdout
+    back = posttrain("registry", "rollback", "champions", "--reason", "rude", "--json", cwd=tmp_path)
+    assert json.loads(back.stdout) == {"outcome": "rolled back", "champion": 1}
+    told = json.loads(posttrain("registry", "show", "champions", "--json", cwd=tmp_path).stdout)
+    assert told["champion"]["run"] == "Flow/1" and told["history"][-1]["reason"] == "rude"
+    again = posttrain("registry", "rollback", "champions", "--reason", "rude", cwd=tmp_path)
+    assert again.returncode == 1 and "CheckpointError" in again.stderr and "first of its line" in again.stderr
+    assert "no champion" in posttrain("registry", "show", "nowhere", cwd=tmp_path).stdout

@@ -63,8 +63,7 @@ class Evaluator:
             "examples": [_example(group[0]) for group in greedy[:8]],
         }
         if per_row is not None:
-            scored = {"greedy_reward": greedy, "sampled_reward": drawn}[per_row]
-            found["scores"] = {str(group[0].prompt.uid): fmean(_rewards(group)) for group in scored}
+            found["scores"] = row_rewards({"greedy_reward": greedy, "sampled_reward": drawn}[per_row])
         return found if slice_by is None else found | {"slices": by_slice(greedy, drawn, slice_by, passes=passes)}
 
     async def _groups(self, *, samples: int, temperature: float) -> list[Group]:
@@ -101,6 +100,11 @@ def reward_measures(greedy: Sequence[Group], drawn: Sequence[Group], *, passes: 
             found[name] = fmean(pass_at_k(n, c, int(name.removeprefix(PASS))) for n, c in solved)
     found = {name: round(value, 4) for name, value in found.items()}
     return found | {"mean_tokens": round(fmean(len(r.token_ids) for group in drawn for r in group), 2)}
+
+
+def row_rewards(groups: Sequence[Group]) -> dict[str, float]:
+    """Number of each prompt -> mean reward of its completions."""
+    return {str(group[0].prompt.uid): fmean(_rewards(group)) for group in groups}
 
 
 def by_slice(

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from posttrain.data.types import Prompt, Rollout
-from posttrain.workflow.evaluate import by_slice, pass_at_k, reward_measures
+from posttrain.workflow.evaluate import by_slice, pass_at_k, reward_measures, row_rewards
 
 
 @pytest.mark.parametrize("samples", [1, 4, 7])
@@ -37,3 +37,9 @@ def test_slices_of_prompts_have_their_own_measures():
     found = by_slice([each[:1] for each in drawn], drawn, "lang", passes=True)
     assert found["de"]["rows"] == 2 and found["de"]["pass@1"] == found["de"]["sampled_reward"] == 0.75
     assert found["en"]["rows"] == 1 and found["en"]["pass@2"] == 0.0
+
+
+def test_the_score_of_a_row_is_the_mean_reward_of_its_completions():
+    drawn = [group(3, 1.0, 0.0), group(5, 0.25, 0.75), group(8, 1.0, 1.0)]
+    assert row_rewards(drawn) == {"3": 0.5, "5": 0.5, "8": 1.0}
+    assert reward_measures(drawn, drawn, passes=False)["sampled_reward"] == pytest.approx(2 / 3, abs=1e-4)
