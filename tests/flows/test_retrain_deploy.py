@@ -90,11 +90,25 @@ def deploy(tmp_path: Path, s3_bucket: str, monkeypatch):
     server.server_close()
 
 
-def test_a_schedule_is_deployed_in_the_field_that_argo_4_reads(deploy):
-    said, sent = deploy(**{"retrain.schedule": "0 3 * * *"})
-    assert set(sent) == {"WorkflowTemplate", "CronWorkflow"}, said
+def set_events(monkeypatch) -> None:
+    """As an operator of Argo Events configures Metaflow."""
+    for name, value in EVENTS.items():
+        monkeypatch.setenv(name, value)
+
+
+def waits_for(sensor) -> set[str]:
+    """Conditions of its one dependency."""
+    (dependency,) = sensor["spec"]["dependencies"]
+    return {each["expr"] for each in dependency["filters"]["exprs"]}
+
+
+def test_a_schedule_is_deployed_in_the_field_that_argo_4_reads_and_a_flow_may_start_it_too(deploy, monkeypatch):
+    set_events(monkeypatch)
+    said, sent = deploy(**{"retrain.schedule": "0 3 * * *", "retrain.after": "ImportFlow"})
+    assert set(sent) == {"WorkflowTemplate", "CronWorkflow", "Sensor"}, said
     spec = sent["CronWorkflow"]["spec"]
     assert spec["schedules"] == ["0 3 * * *"] and "schedule" not in spec and spec["suspend"] is False
+    assert waits_for(sent["Sensor"]) >= {"name == 'metaflow.ImportFlow.end'"}
     assert broken_references(sent["WorkflowTemplate"]) == []
     templates = {template["name"]: template for template in sent["WorkflowTemplate"]["spec"]["templates"]}
     assert templates["promote"]["retryStrategy"]["limit"] == 2
@@ -106,23 +120,11 @@ def test_an_older_argo_gets_the_field_that_its_operator_asks_for(deploy, monkeyp
     assert sent["CronWorkflow"]["spec"]["schedule"] == "0 3 * * *", said
 
 
-@pytest.mark.parametrize(
-    ("changes", "event"),
-    [({"retrain.after": "ImportFlow"}, "metaflow.ImportFlow.end"), ({"retrain.event": "rows_arrived"}, "rows_arrived")],
-    ids=["after a flow", "at an event"],
-)
-def test_a_trigger_is_deployed_as_a_sensor_that_waits_for_it(deploy, monkeypatch, changes, event):
-    for name, value in EVENTS.items():
-        monkeypatch.setenv(name, value)
-    said, sent = deploy(**changes)
+def test_an_event_is_deployed_as_a_sensor_and_no_schedule(deploy, monkeypatch):
+    set_events(monkeypatch)
+    said, sent = deploy(**{"retrain.event": "rows_arrived"})
     assert set(sent) == {"WorkflowTemplate", "Sensor"}, said
-    (waits_for,) = sent["Sensor"]["spec"]["dependencies"]
-    assert f"name == '{event}'" in {each["expr"] for each in waits_for["filters"]["exprs"]}
-
-
-def test_without_a_schedule_or_trigger_only_the_template_is_deployed(deploy):
-    said, sent = deploy()
-    assert set(sent) == {"WorkflowTemplate"}, said
+    assert waits_for(sent["Sensor"]) == {"name == 'rows_arrived'"}
 
 
 def test_a_registry_that_pods_cannot_share_is_refused(deploy):
