@@ -18,7 +18,7 @@ class DataSource(Section):
     """One source of training rows: .jsonl, .parquet or .arrow files (one, a folder, a glob or a dataset saved by
     Hugging Face; local or s3://), or `package.module:function` called with the seed."""
 
-    path: File | tuple[File, ...]
+    path: File | Annotated[tuple[File, ...], Field(min_length=1)]
     """Files, or an import path; a list names several files as one source."""
     weight: PositiveFloat | tuple[tuple[NonNegativeInt, NonNegativeFloat], ...] = 1.0
     """Share of the draws, relative to the other sources; or [[draw, weight], ...], linear in between, in steps of

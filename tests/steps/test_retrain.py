@@ -174,15 +174,14 @@ def test_what_cannot_be_repeated_or_deployed_is_refused(tmp_path: Path, changes:
 @pytest.mark.slow
 def test_both_models_are_scored_on_the_same_rows_and_the_gate_is_told_and_not_raised(tmp_path: Path):
     asked = {"eval.prompts": "small_task:held_out", "reward.function": "small_task:reward", "eval.samples": 2}
-    asked["eval.gate"] = {"greedy_reward": 0.0}
+    asked["eval.gate"] = {"loss": 0.0}
     own = recipe_config("sft", **asked)
     base, other = prepared(tmp_path, own), prepared(tmp_path / "other", recipe_config("sft", **asked, seed=7))
-    inputs = {"tokens_uri": base.tokens_uri, "models": {"before": base.model_uri, "after": other.model_uri}}
-    for models in (inputs["models"], dict(zip(inputs["models"], reversed(inputs["models"].values()), strict=True))):
-        made = run_step("evaluate", own, tmp_path, **(inputs | {"models": models, "per_row": "sampled_reward"}))
-        found = result_of(made)
-        for model in found.values():
-            assert len(model["scores"]) == model["rows"] == 8
-            assert model["sampled_reward"] == pytest.approx(sum(model["scores"].values()) / 8, abs=1e-4)
-        worse = found["after"]["greedy_reward"] < found["before"]["greedy_reward"]
-        assert ("refused" in found["after"]) == worse
+    models = {"before": base.model_uri, "after": other.model_uri}
+    inputs = {"tokens_uri": base.tokens_uri, "models": models, "per_row": "sampled_reward"}
+    found = result_of(run_step("evaluate", own, tmp_path, **inputs))
+    for model in found.values():
+        assert len(model["scores"]) == model["rows"] == 8
+        assert model["sampled_reward"] == pytest.approx(sum(model["scores"].values()) / 8, abs=1e-4)
+    assert found["after"]["loss"] > found["before"]["loss"], "of these seeds"
+    assert found["after"]["refused"].startswith("eval.gate: loss went from")

@@ -1,6 +1,7 @@
 """Files and functions become rows; what is no row is named by file and line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -146,6 +147,20 @@ def test_a_source_that_does_not_exist_is_refused_with_the_place_looked_at(tmp_pa
     with pytest.raises(DataError, match=r"^data\.prompts: .*nowhere\.jsonl") as error:
         check_source("nowhere.jsonl", key="data.prompts")
     assert f"(looked for {tmp_path / 'nowhere.jsonl'})" in str(error.value)
+
+
+def test_several_files_are_one_source_in_the_order_given_and_each_is_checked(tmp_path):
+    paths = []
+    for name in ("b", "a"):
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+        Path(paths[-1]).write_text(json.dumps({"text": name}) + "\n")
+    check_source(paths, key="data.sources[0]")
+    source = as_files(paths, key="data.sources[0]", seed=0, uri=str(tmp_path / "unused"))
+    assert [record for _, _, record in source.in_order()] == [{"text": "b"}, {"text": "a"}]
+    again = Source.indexed(json.loads(json.dumps(source.plain_index())))
+    assert again.fingerprint == source.fingerprint and again.num_rows == 2
+    with pytest.raises(DataError, match=r"data\.sources\[0\]: .*gone\.jsonl"):
+        check_source([*paths, str(tmp_path / "gone.jsonl")], key="data.sources[0]")
 
 
 def test_a_missing_object_on_s3_is_refused(s3_bucket):
