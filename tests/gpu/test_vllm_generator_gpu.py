@@ -25,7 +25,7 @@ class Colocated:
 
     def __init__(self, folder, **settings):
         self.model = load_decoder(folder, device=torch.device("cuda"), dtype=torch.bfloat16)
-        self.sender = Sender(torch.device("cuda"), lambda: hf_tensors(self.model), largest=1003 * 256)
+        self.sender = Sender(torch.device("cuda"), lambda part: hf_tensors(self.model), largest=1003 * 256)
         self.engine = EngineProcess(
             model_uri=str(folder), stop_ids=(7,), pad_id=0, max_tokens=512, memory_share=0.3, **settings
         )

@@ -165,7 +165,7 @@ def test_weights_that_come_in_buckets_by_broadcast_are_held(synced: VllmGenerato
     monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", 1 << 17)
     after = changed(folder)
     largest = max(parameter.numel() for parameter in after.parameters())
-    sender = Sender(torch.device("cpu"), lambda: hf_tensors(after), largest=largest)
+    sender = Sender(torch.device("cpu"), lambda part: hf_tensors(after), largest=largest)
     address = sender.meet("127.0.0.1")
     joining = threading.Thread(target=lambda: sender.join(world_size=1 + synced.workers(), timeout_s=60))
     joining.start()

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from posttrain import faults, storage
-from posttrain.compute.generator import Completion, Request
+from posttrain.compute.generator import Completion, Request, vllm_adapters
 from posttrain.compute.generator.vllm_requests import completion, sampling_params
 from posttrain.compute.vllm_logprobs import ENVIRONMENT, require_vllm
 from posttrain.compute.weight_sync import WRAP, Held, digest_of
@@ -49,6 +49,9 @@ class _Open:
 class VllmGenerator:
     """Samples by vLLM's LLMEngine, in float32 on CPU or bfloat16 on GPUs, tensor-parallel over all that it sees."""
 
+    max_adapter_rank: ClassVar[int] = 512
+    """vLLM's own limit."""
+
     def __init__(
         self,
         *,
@@ -58,12 +61,14 @@ class VllmGenerator:
         max_tokens: int | None = None,
         memory_share: float = 0.9,
         can_sleep: bool = False,
+        adapters: tuple[int, Sequence[str]] | None = None,
     ):
         """
         Args:
             max_tokens: of a prompt with its completion; the model's own limit when None or less.
             memory_share: of each GPU's memory, for weights and cache.
             can_sleep: sleep() gives the memory of a GPU back.
+            adapters: rank, and names of the modules, of adapters that sync() will bring apart from the weights.
 
         Raises:
             ComputeError: vLLM is missing, or does not run this model on this machine.
@@ -73,6 +78,7 @@ class VllmGenerator:
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.stop_ids, self.can_sleep = list(stop_ids), can_sleep and self.device == "cuda"
         self.version, self.asleep, self._paused = -1, False, False
+        self.adapters = adapters
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[str, _Open] = {}
         self._numbered = 0
@@ -158,6 +164,7 @@ class VllmGenerator:
                 enable_sleep_mode=self.can_sleep,
                 worker_extension_cls="posttrain.compute.generator.vllm_worker.WeightsWorker",
                 seed=0,
+                **({} if self.adapters is None else vllm_adapters.engine_arguments(*self.adapters)),
             )
         )
 
@@ -205,7 +212,9 @@ class VllmGenerator:
         assert self.version >= 0, "generate() before the first sync(): the generator holds no weights"
         self._numbered += 1
         name = str(self._numbered)
-        self.engine.add_request(name, {"prompt_token_ids": list(request.token_ids)}, sampling)
+        adapter = None if self.adapters is None else vllm_adapters.request()
+        prompt = {"prompt_token_ids": list(request.token_ids)}
+        self.engine.add_request(name, prompt, sampling, lora_request=adapter)
         self._open[name] = _Open(done=Future())
         return self._open[name].done
 
@@ -230,6 +239,7 @@ class VllmGenerator:
 
     def _end(self) -> str:
         """Go on with the new weights; the digest of what is held of the tensors that were sent."""
+        self.engine.collective_rpc("posttrain_adapt")
         held = self._held(self._shapes)
         if self.asleep:
             self.engine.wake_up(tags=["kv_cache"])
@@ -264,7 +274,8 @@ class VllmGenerator:
     def _sleep(self) -> None:
         if self.can_sleep and not self.asleep:
             self._pause()
-            self.engine.engine_core.engine_core.sleep(2, "keep")
+            # What comes once is kept, in host memory; weights that every sync brings need not be.
+            self.engine.engine_core.engine_core.sleep(2 if self.adapters is None else 1, "keep")
             self.asleep = True
 
 
