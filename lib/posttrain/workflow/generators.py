@@ -91,10 +91,13 @@ class Generators:
         """Name of the dtype that sync() wants."""
         return (await self.group.call("weight_dtype", timeout_s=self.timeout_s))[0]
 
-    async def sync(self, version: int, weights: Any, *, dead_only: bool = False) -> dict[int, str]:
-        """Send the weights to all generators, replacing those that have died; digests of what they hold, by rank.
+    async def sync(self, version: int, weights: Callable[[int], Any], *, dead_only: bool = False) -> dict[int, str]:
+        """Send weights to all generators, replacing those that have died; digests of what they hold, by rank.
 
         A generator that takes one call at a time is between calls then.
+
+        Args:
+            weights: (rank) -> what that generator gets, or a handle to it; asked again if another takes its place.
 
         Raises:
             ComputeError: one hung; or died, and more have died than may.
@@ -136,12 +139,12 @@ class Generators:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sync(self, rank: int, version: int, weights: Any) -> str:
+    async def _sync(self, rank: int, version: int, weights: Callable[[int], Any]) -> str:
         while True:
             if rank in self._dead:
                 self.group.replace(rank)
             try:
-                digest = await self.group.call_one(rank, "sync", version, weights, timeout_s=self.timeout_s)
+                digest = await self.group.call_one(rank, "sync", version, weights(rank), timeout_s=self.timeout_s)
             except WorkerDiedError as error:
                 self._died(rank, error)
                 continue
