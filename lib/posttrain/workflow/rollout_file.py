@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from posttrain import storage
-from posttrain.data.types import Prompt, Rollout
+from posttrain.data.types import Rollout
 from posttrain.errors import StorageError
 from posttrain.workflow.observers import Metrics
-from posttrain.workflow.rollouts import Dropped, RolloutMaker
+from posttrain.workflow.rollouts import DroppedGroup
 
 SCHEMA = pa.schema(
     [
@@ -43,15 +43,10 @@ before it was sampled has one row without a sample."""
 
 
 class RolloutFile:
-    """Observes the groups of every step, and writes them below a folder.
+    """Observes the groups of every step, and writes them below a folder."""
 
-    Args:
-        maker: notes what it dropped, which is taken with the next step.
-    """
-
-    def __init__(self, uri: str, maker: RolloutMaker):
-        self.uri, self.maker = uri, maker
-        self.failures = 0
+    def __init__(self, uri: str):
+        self.uri, self.failures = uri, 0
 
     def restore(self, history: Sequence[Metrics]) -> None:
         """Nothing: a step that is repeated replaces its file."""
@@ -62,11 +57,10 @@ class RolloutFile:
     def note(self, text: str) -> None:
         """Nothing, as above."""
 
-    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]], dropped: Sequence[DroppedGroup] = ()) -> None:
         """Write one step. A disk that is full or a store that is away costs this file, told and counted."""
         rows = [_row(step, rollout) for group in groups for rollout in group]
-        rows += _dropped_rows(step, self.maker.dropped)
-        self.maker.dropped = []
+        rows += _dropped_rows(step, dropped)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd", write_page_checksum=True)
         try:
@@ -74,6 +68,11 @@ class RolloutFile:
         except (OSError, StorageError) as error:
             self.failures += 1
             print(f"WARNING: the rollouts of step {step + 1} are not kept, {self.failures} so far: {error}", flush=True)
+
+
+def folder_of(root: str) -> str:
+    """The rollouts of a run's folder."""
+    return storage.join(root, "rollouts")
 
 
 def file_of(uri: str, step: int) -> str:
@@ -102,7 +101,7 @@ def _row(step: int, rollout: Rollout, **dropped: str) -> dict[str, Any]:
     }
 
 
-def _dropped_rows(step: int, dropped: Sequence[tuple[Prompt, Dropped]]) -> Iterator[dict[str, Any]]:
+def _dropped_rows(step: int, dropped: Sequence[DroppedGroup]) -> Iterator[dict[str, Any]]:
     for prompt, each in dropped:
         why = {"drop_reason": each.reason, "drop_cause": str(each.error or "")}
         for rollout in each.rollouts:
