@@ -97,7 +97,7 @@ class RolloutSample:
         others = len({row.step for row in shown} - {step})
         parts = [f"{now:,} rows of step {step + 1:,}, which had {self.of_latest:,} rollouts"]
         if others:
-            parts.append(f"the best and the worst of its first groups of {others:,} earlier step{'s' * (others > 1)}")
+            parts.append(f"the best and the worst of the first groups of {others:,} earlier step{'s' * (others > 1)}")
         return f"{'; '.join(parts)}. Long texts are cut; all are whole in {file_of(self.uri, step)}"
 
 
@@ -214,7 +214,8 @@ STYLE = (
     ".pt .browse th button{border:none;padding:0;font-weight:700;text-decoration:underline dotted}"
     ".pt .browse th[aria-sort=descending] button::after{content:' ↓'}"
     ".pt .browse th[aria-sort=ascending] button::after{content:' ↑'}"
-    ".pt .browse tr[hidden]{display:none}.pt .browse td{font-variant-numeric:tabular-nums;padding:.35rem .5rem}"
+    ".pt .browse tr[hidden]{display:none}.pt .browse td{font-variant-numeric:tabular-nums}"
+    ".pt .browse :is(th,td){padding:.35rem .5rem}"
     ".pt .browse td:nth-child(3){width:22%;min-width:9rem}.pt .browse td:nth-child(4){width:48%;min-width:14rem}"
     ".pt .browse .said{display:block;max-height:11rem;overflow-y:auto}.pt .browse .said .faint{display:inline}"
     ".pt .part{display:block;font-size:.85rem;color:#7d8896;white-space:nowrap}"
