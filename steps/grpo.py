@@ -25,7 +25,7 @@ from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy
-from posttrain.workflow.rollout_file import RolloutFile
+from posttrain.workflow.rollout_file import RolloutFile, folder_of
 from posttrain.workflow.stopping import StopSignal
 from posttrain.workflow.training import Training
 from steps.hardware import hardware
@@ -85,7 +85,7 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
     facts = {"resources": resources, "count": config.rollout.generators, "adapters": adapters}
     parts = await rollout_parts(config, **uris_of_parts, **facts)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
-    kept = RolloutFile(storage.join(root, "rollouts"), parts.maker)
+    kept = RolloutFile(folder_of(root))
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), kept, *observers])
     controller = Controller(
         Plan(

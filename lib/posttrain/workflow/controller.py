@@ -113,7 +113,7 @@ class Controller:
                     metrics |= clock.metrics(metrics) | self.saver.metrics()
                     self.observers.step({"step": step, **metrics})
                     self.observers.note(self.policy.notes)
-                    self.observers.rollouts(step, groups)
+                    self.observers.rollouts(step, groups, self.maker.take_dropped())
                     clock = Clock()  # a commit counts to the step that has to wait for it
                     with clock.phase("checkpoint"):
                         await self.saver.after_step(step + 1, self._kept)
