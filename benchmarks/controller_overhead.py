@@ -53,7 +53,7 @@ class Memory:
     def step(self, metrics) -> None:
         self.mib.append(psutil.Process().memory_info().rss / 2**20)
 
-    def rollouts(self, step, groups) -> None:
+    def rollouts(self, step, groups, dropped=()) -> None:
         """Nothing: the loop's own memory is measured."""
 
     def note(self, text) -> None:

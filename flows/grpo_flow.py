@@ -14,6 +14,7 @@ class GRPOFlow(PostTrainFlow):
 
     def run_training(self):
         from posttrain.workflow.card import GRPO, TrainingCard
+        from posttrain.workflow.rollout_file import folder_of
         from steps.grpo import grpo
 
         config = self.cfg
@@ -24,7 +25,8 @@ class GRPOFlow(PostTrainFlow):
             f"{config.parallel.ranks} policy ranks",
             f"run {current.run_id}",
         ]
-        card = TrainingCard("GRPO", facts, num_steps=config.optim.num_steps, view=GRPO)
+        shows = {"num_steps": config.optim.num_steps, "view": GRPO, "rollouts_uri": folder_of(self.root)}
+        card = TrainingCard("GRPO", facts, **shows)
         uris = {"root": self.root, "model_uri": self.warmed_up["model_uri"], "tokens_uri": self.tokens["uri"]}
         uris["teacher_uri"] = self.warmed_up["teacher_uri"]
         return refusing(grpo, config, **uris, gang=self.gang_here(), observers=[card])

@@ -25,12 +25,12 @@ from posttrain.workflow.evaluate import Evaluator
 from posttrain.workflow.ledger_file import LedgerFile
 from posttrain.workflow.observers import MetricsFile, Observer, Observers, Terminal
 from posttrain.workflow.policy import Policy
-from posttrain.workflow.rollout_file import RolloutFile
+from posttrain.workflow.rollout_file import RolloutFile, folder_of
 from posttrain.workflow.stopping import StopSignal
 from posttrain.workflow.training import Training
 from steps.hardware import hardware
 from steps.recipes import build_of
-from steps.sampling import rollout_parts, weights_way
+from steps.sampling import adapters_apart, rollout_parts, weights_way
 from steps.saving import checkpoints_of, saver_of
 from steps.tracking import tracking
 
@@ -81,9 +81,11 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
     )
     # After the policy, so that a generator finds the GPU of a rank that it is to share, and not one of another.
     uris_of_parts = {"model_uri": model_uri, "tokens_uri": tokens_uri}
-    parts = await rollout_parts(config, **uris_of_parts, resources=resources, count=config.rollout.generators)
+    adapters = adapters_apart(config, build.lora)
+    facts = {"resources": resources, "count": config.rollout.generators, "adapters": adapters}
+    parts = await rollout_parts(config, **uris_of_parts, **facts)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
-    kept = RolloutFile(storage.join(root, "rollouts"), parts.maker)
+    kept = RolloutFile(folder_of(root))
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), kept, *observers])
     controller = Controller(
         Plan(
@@ -98,6 +100,7 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
             credit=_credit(method, temperature=config.rollout.temperature),
             passes=method.epochs,
             sync=weights_way(config, resources),
+            adapters=adapters is not None,
             sleep=config.rollout.sleep,
         ),
         policy=policy,

@@ -11,6 +11,7 @@ from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.model.lora import ALL_LINEAR, LoRA
 from posttrain.plugin import resolve
 from posttrain.workflow.environments import Environments
 from posttrain.workflow.generators import Generators
@@ -38,14 +39,24 @@ class RolloutParts:
 
 
 async def rollout_parts(
-    config: RunConfig, *, model_uri: str, tokens_uri: str, resources: Hardware, count: int = 1
+    config: RunConfig,
+    *,
+    model_uri: str,
+    tokens_uri: str,
+    resources: Hardware,
+    count: int = 1,
+    adapters: LoRA | None = None,
 ) -> RolloutParts:
-    """Start `count` generators of `model_uri`'s architecture and a reward process, and read the prompts."""
+    """Start `count` generators of `model_uri`'s architecture and a reward process, and read the prompts.
+
+    Args:
+        adapters: that generators get apart from the weights; see adapters_apart().
+    """
     assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     generators = Generators(
-        _generators(config, arguments, resources, count),
+        _generators(config, arguments, resources, count, adapters),
         timeout_s=config.rollout.timeout_s,
         max_failures=config.rollout.max_failures,
     )
@@ -85,13 +96,34 @@ def weights_way(config: RunConfig, resources: Hardware) -> Way:
     return "ipc" if resources.shared else "broadcast"
 
 
-def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardware, count: int) -> ActorGroup:
-    pool = resources.generator
+def adapters_apart(config: RunConfig, lora: LoRA | None) -> LoRA | None:
+    """The adapters that are sent without the weights that they stand beside; says why if they are merged into those."""
+    if lora is None:
+        return None
+    most = getattr(_generator_class(config), "max_adapter_rank", 0)
+    if lora.rank <= most:
+        return lora
+    why = f"adapters of rank {most} at most" if most else "no adapters"
+    print(f"grpo: rollout.generator {config.rollout.generator} takes {why}: each sync sends all weights", flush=True)
+    return None
+
+
+def _generator_class(config: RunConfig) -> type:
+    known = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
+    path = config.rollout.generator
+    return known[path] if path in known else resolve(path, key="rollout.generator")
+
+
+def _generators(
+    config: RunConfig, arguments: dict[str, Any], resources: Hardware, count: int, adapters: LoRA | None
+) -> ActorGroup:
+    pool, cls = resources.generator, _generator_class(config)
+    if adapters is not None and issubclass(cls, VllmGenerator):
+        arguments = arguments | {"adapters": (adapters.rank, _modules(adapters))}
     match config.rollout.generator:
         case "transformers":
-            cls = TransformersGenerator
+            pass
         case "vllm":
-            cls = VllmGenerator
             arguments = arguments | {
                 "max_tokens": config.data.pack_tokens,  # no rollout is longer, of however many turns
                 "memory_share": SHARED_MEMORY / resources.shared if resources.shared else OWN_MEMORY,
@@ -99,10 +131,17 @@ def _generators(config: RunConfig, arguments: dict[str, Any], resources: Hardwar
             }
             # In turn with training all groups of a step come in one call, whose batches are the same in every run.
             pool = replace(pool, concurrency=CALLS + 1) if config.rollout.max_staleness else pool
-        case path:
-            cls = resolve(path, key="rollout.generator")
+        case _:
             pool = replace(pool, concurrency=getattr(cls, "concurrency", pool.concurrency))
     return ActorGroup("generator", cls, [arguments] * count, pool)
+
+
+def _modules(lora: LoRA) -> list[str]:
+    """Last components of the names of what the adapters are on."""
+    every = LoRA().targets  # all Linears that the decoder has
+    return sorted(
+        {name.rpartition(".")[2] for each in lora.targets for name in (every if each == ALL_LINEAR else [each])}
+    )
 
 
 def _environments(config: RunConfig, tokenizer: BaseHFModelTokenizer) -> Environments | None:

@@ -25,7 +25,8 @@ class ForgetfulGenerator(TransformersGenerator):
 
     def sync(self, version, weights):
         if version == 1:
-            weights = {name: tensor for name, tensor in self.model.named_parameters() if name in weights}
+            held = dict(self.model.named_parameters()) | self._adapters
+            weights = {name: held[name] for name in weights}
         return super().sync(version, weights)
 
 

@@ -141,6 +141,9 @@ def do(job: Job, rank: int, meeting: "MeetingPoint | str") -> dict[str, Any]:
     if job.loss == "sft":  # whose loss reads no reference, which only train_step() makes
         found["eval"] = made.evaluate(mine, loss, count(loss, packs_of(100)))
     found["weights"] = {name: tensor.clone() for name, tensor in made.weights("float32").items()}
+    if job.lora:
+        found["sent"] = {name: tensor.clone() for name, tensor in made.weights("float32", "adapters").items()}
+        found["sent_digest"] = made.weights_digest("float32", "adapters")
     found["held"] = sum(
         p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in made.engine.model.parameters()
     )

@@ -15,9 +15,10 @@ def run(tmp_path: Path, generator: str, **overrides) -> None:
     grpo(config, root=str(tmp_path), model_uri=base.model_uri, tokens_uri=base.tokens_uri)
 
 
-def test_stale_weights_stop_the_run(tmp_path: Path):
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_stale_weights_stop_the_run(tmp_path: Path, lora):
     with pytest.raises(SyncError, match=r"generator 0 holds \w+ after the sync to version 1, the policy sent \w+"):
-        run(tmp_path, "ForgetfulGenerator")
+        run(tmp_path, "ForgetfulGenerator", **{"model.lora": lora})
 
 
 def test_a_hanging_generator_is_named_at_the_deadline(tmp_path: Path):

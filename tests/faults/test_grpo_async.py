@@ -80,11 +80,13 @@ def test_a_checkpoint_says_how_far_the_prompts_under_way_were(base: Prepared, tm
 
 
 @pytest.mark.slow
-def test_a_generator_killed_in_a_call_is_replaced_and_synchronous_training_has_the_same_bits(tmp_path: Path):
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_generator_killed_in_a_call_is_replaced_and_synchronous_training_has_the_same_bits(tmp_path: Path, lora):
+    """With adapters, the new one gets what the others were sent once."""
     found = {}
     base = prepared(tmp_path, small_config())
     for name in ("transformers", "actors:DyingTransformers"):
-        config = small_config(**{"rollout.generator": name, "optim.num_steps": 3})
+        config = small_config(**{"rollout.generator": name, "optim.num_steps": 3, "model.lora": lora})
         folder = tmp_path / name.partition(":")[0]
         folder.mkdir()
         done = grpo(base, folder, config=config)

@@ -124,7 +124,7 @@ def test_cards_show_what_they_should(run):
     shows = {
         "merge_tokens": ["Sources", "Lengths of units", "The first packs", "token by token", "sha256 of its file"],
         "warmup": ["Warm-up", "Loss"],
-        "train": ["Training reward", "KL to the starting policy", "Where a step's time goes", "ended by"],
+        "train": ["Training reward", "KL to the starting policy", "Where a step's time goes", "filter by text"],
         "evaluate": ["held-out rows", "greedy"],
     }
     for step, texts in shows.items():

@@ -7,10 +7,12 @@ import torch
 
 from benchmarks.engine_process import EngineProcess
 from posttrain.compute.generator.vllm import vllm_is_installed
-from posttrain.compute.weight_sync import digest
+from posttrain.compute.weight_sync import Part, digest
 from posttrain.compute.weight_transfer import Sender
+from posttrain.model.backend import backend_of
 from posttrain.model.load import load_decoder
-from posttrain.model.weights import hf_tensors
+from posttrain.model.lora import LoRA, add_lora
+from posttrain.workflow.policy_model import sent_tensors
 from vllm_models import asked, model_folder, our_logprobs
 
 pytestmark = [
@@ -19,31 +21,42 @@ pytestmark = [
     pytest.mark.skipif(not vllm_is_installed(), reason="vllm is not installed"),
 ]
 
+LORA = LoRA(rank=16, alpha=32.0)
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 1003}
 
 
 class Colocated:
     """A model of ours in this process and its engine in another, on one GPU."""
 
-    def __init__(self, folder, **settings):
+    def __init__(self, folder, lora: LoRA | None = None, **settings):
         self.model = load_decoder(folder, device=torch.device("cuda"), dtype=torch.bfloat16)
-        self.sender = Sender(torch.device("cuda"), lambda: hf_tensors(self.model), largest=1003 * 256)
+        self.parts: list[Part] = ["merged"]
+        if lora is not None:
+            add_lora(self.model, lora, seed=0)
+            settings["adapters"] = (lora.rank, LoRA().targets)
+            self.parts = ["whole", "adapters"]
+        self.sender = Sender(torch.device("cuda"), self.sent, largest=1003 * 256)
         self.engine = EngineProcess(
             model_uri=str(folder), stop_ids=(7,), pad_id=0, max_tokens=512, memory_share=0.3, **settings
         )
         assert self.engine.call("gpu") == self.sender.gpu()
         self.handle = self.sender.handle()
 
+    def sent(self, part: Part):
+        return sent_tensors(backend_of("posttrain"), self.model, part)
+
     def sync(self, version: int) -> None:
+        part = self.parts[0] if version == 0 else self.parts[-1]
         self.engine.call("begin_sync", version)
-        self.sender.start("bfloat16")
+        self.sender.start("bfloat16", part)
         while packed := self.sender.fill():
             self.engine.call("load_bucket", packed, self.handle)
-        assert self.engine.call("end_sync") == self.sender.digest("bfloat16") == digest(hf_tensors(self.model))
+        sent = digest((name, tensor.bfloat16()) for name, tensor in self.sent(part))
+        assert self.engine.call("end_sync") == self.sender.digest("bfloat16", part) == sent
 
     def train(self) -> None:
         with torch.no_grad():
-            for parameter in self.model.parameters():
+            for parameter in filter(lambda each: each.requires_grad, self.model.parameters()):
                 parameter.add_(0.02 * torch.randn_like(parameter))
 
     def mismatch(self, version: int) -> tuple[float, float, float]:
@@ -60,22 +73,24 @@ class Colocated:
         return float(all_gaps.mean()), float(all_gaps.max()), float(torch.cat(rounding).mean())
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_each_sync_is_proved_and_its_logprobs_are_near_ours(tmp_path, family):
-    pair = Colocated(model_folder(tmp_path / family, model_type=family, **SIZES))
+@pytest.mark.parametrize(("family", "lora"), [("qwen3", None), ("llama", None), ("qwen3", LORA)])
+def test_each_sync_is_proved_and_its_logprobs_are_near_ours(tmp_path, family, lora):
+    pair = Colocated(model_folder(tmp_path / family, model_type=family, **SIZES), lora)
     try:
         for version in range(2):
             pair.sync(version)
             mean, most, rounding = pair.mismatch(version)
-            print(f"\n{family}, after {version} updates: mean |difference| {mean:.5f}, largest {most:.4f} nats")
+            kind = family if lora is None else f"adapters on {family}"
+            print(f"\n{kind}, after {version} updates: mean |difference| {mean:.5f}, largest {most:.4f} nats")
             assert 0 < mean < 2 * rounding, "both are as far from float32, each in its own direction"
             pair.train()
     finally:
         pair.engine.close()
 
 
-def test_an_engine_that_sleeps_gives_its_memory_back_and_goes_on_after_a_sync(tmp_path):
-    pair = Colocated(model_folder(tmp_path / "m", **SIZES), can_sleep=True)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_an_engine_that_sleeps_gives_its_memory_back_and_goes_on_after_a_sync(tmp_path, lora):
+    pair = Colocated(model_folder(tmp_path / "m", **SIZES), lora, can_sleep=True)
     try:
         pair.sync(0)
         awake = pair.engine.call("free_memory")

@@ -17,6 +17,7 @@ CHANGES = {
     "parallel.data": 1,
     "rollout.max_failures": 0,
 }
+LORA = {"rank": 4, "alpha": 8.0}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,24 @@ def test_it_trains_on_what_vllm_sampled(base: Prepared, tmp_path: Path, max_stal
 
 
 @with_vllm
-def test_stale_weights_stop_the_run(base: Prepared, tmp_path: Path):
-    ended = run(base, tmp_path, **{"rollout.generator": "vllm_actors:ForgetfulVllm"})
+def test_it_trains_adapters_which_are_all_that_is_sent_after_the_first_sync(
+    base: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("NOTED", str(tmp_path / "sent"))
+    changes = {"rollout.generator": "vllm_actors:NotingVllm", "model.lora": LORA, "optim.lr": 0.01}
+    result_of(run(base, tmp_path, **changes))
+    rows = metrics(tmp_path / "metrics" / "grpo.jsonl")
+    assert 0 < max(row["policy/mismatch_abs"] for row in rows) < 1e-5
+    assert all(row["policy/grad_norm"] > 0 for row in rows)
+    first, *later = [list(map(int, line.split())) for line in (tmp_path / "sent").read_text().splitlines()]
+    assert first[0] > 2 * 14 and later == [[2 * 14, later[0][1]]] * 3
+    assert later[0][1] < first[1] / 10
+
+
+@with_vllm
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_stale_weights_stop_the_run(base: Prepared, tmp_path: Path, lora):
+    ended = run(base, tmp_path, **{"rollout.generator": "vllm_actors:ForgetfulVllm", "model.lora": lora})
     assert ended.returncode != 0
     assert "SyncError: generator 0 holds" in ended.stderr and "after the sync to version 1" in ended.stderr
 

@@ -165,7 +165,7 @@ def test_weights_that_come_in_buckets_by_broadcast_are_held(synced: VllmGenerato
     monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", 1 << 17)
     after = changed(folder)
     largest = max(parameter.numel() for parameter in after.parameters())
-    sender = Sender(torch.device("cpu"), lambda: hf_tensors(after), largest=largest)
+    sender = Sender(torch.device("cpu"), lambda part: hf_tensors(after), largest=largest)
     address = sender.meet("127.0.0.1")
     joining = threading.Thread(target=lambda: sender.join(world_size=1 + synced.workers(), timeout_s=60))
     joining.start()
@@ -206,3 +206,10 @@ def test_an_engine_that_fails_is_named_to_all_who_wait_and_to_who_comes_later(sy
     for _ in range(2):
         with pytest.raises(ComputeError, match="vllm's engine failed: RuntimeError: CUDA error: an illegal"):
             synced.generate([asked(5)])
+
+
+def test_experts_are_refused_on_a_cpu_where_a_sync_would_not_reach_them(tmp_path: Path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    folder = model_folder(tmp_path / "m", model_type="qwen3_moe", **experts)
+    with pytest.raises(ComputeError, match="on a CPU it keeps experts in an order that a sync cannot write"):
+        VllmGenerator(model_uri=str(folder), stop_ids=(7,), pad_id=0)

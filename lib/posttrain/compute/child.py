@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,7 +20,7 @@ from typing import Any
 from posttrain import errors
 from posttrain.compute.pool import Pool, environment
 from posttrain.compute.reaper import marked
-from posttrain.deadline import DeadlineError, within
+from posttrain.deadline import within
 from posttrain.errors import ComputeError, WorkerDiedError
 
 MARK = "POSTTRAIN_CHILD"
@@ -28,6 +29,9 @@ process group is still found by it (Linux)."""
 
 LONGEST_LINE = 2**30
 """Bytes of one answer; more is a mistake."""
+
+END_SECONDS = 5.0
+"""For the end of a process that has been killed."""
 
 
 class Child:
@@ -122,13 +126,26 @@ class Child:
         finally:
             kill_all(self.process.pid, self.mark)
             self.process.stdin.close()
-            try:
-                await within(5.0, "", self.process.wait())
-            except DeadlineError:
-                print(f"WARNING: {self.name}, process {self.process.pid}, does not end", flush=True)
+            await self._gone(self.process.stdout)
             for future in self._waiting.values():
                 if not future.done():
                     future.set_result(None)
+
+    async def _gone(self, stdout: asyncio.StreamReader) -> None:
+        """Wait until the process, which has been killed, has ended and its pipes are closed, whatever cancels this
+        meanwhile: what is left of them when the event loop closes would complain to it later."""
+        end = time.monotonic() + END_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout(end - time.monotonic()):
+                    await self.process.wait()
+                    while await stdout.read(2**16):
+                        pass
+            except TimeoutError:
+                print(f"WARNING: {self.name}, process {self.process.pid}, does not end", flush=True)
+            except asyncio.CancelledError:
+                continue  # its end is all that is left to do
+            return
 
     def _ending(self) -> str:
         code = self.process.returncode

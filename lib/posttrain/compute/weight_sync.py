@@ -6,9 +6,11 @@ with others, padded, or split over devices answers with the same digest as the p
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +23,13 @@ CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements widened to 64 bits at once: half a megabyte stays in a core's cache, a GPU wants more at a time."""
 
 WRAP = 1 << 64
+
+Part = Literal["merged", "whole", "adapters"]
+"""What is sent of a policy: its weights, adapters merged into theirs; the weights that stand still and adapters beside
+them; the adapters alone, to who holds the rest."""
+
+ADAPTER_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+"""PEFT's name of a tensor: the adapted module, and A [rank, in] or B [out, rank], which brings the scaling with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +61,12 @@ def digest_of(held: Iterable[Held]) -> str:
     for each in held:
         total.update(f"{each.name} {each.shape} {each.dtype} {each.fingerprint:016x}\n".encode())
     return total.hexdigest()
+
+
+def adapter_part(name: str) -> tuple[str, str] | None:
+    """Of an adapter's tensor the module and "A" or "B"; None of a weight."""
+    found = ADAPTER_NAME.fullmatch(name)
+    return None if found is None else (found[1], found[2])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.compute.collective import MeetingPoint, meet
-from posttrain.compute.weight_sync import digest
+from posttrain.compute.weight_sync import Part, digest
 
 BUCKET_BYTES = 256 << 20
 """Or the largest tensor, if that is more."""
@@ -51,11 +51,11 @@ class Sender:
     All ranks of a sharded policy go through them together; rank 0 sends, or each rank to the engine on its own GPU.
 
     Args:
-        weights: () -> whole tensors under Hugging Face names, one at a time.
+        weights: (part) -> whole tensors under Hugging Face names, adapters' under PEFT's, one at a time.
         largest: elements of the largest.
     """
 
-    def __init__(self, device: torch.device, weights: Callable[[], Iterable[tuple[str, Tensor]]], *, largest: int):
+    def __init__(self, device: torch.device, weights: Callable[[Part], Iterable[tuple[str, Tensor]]], *, largest: int):
         self.device, self.weights, self.largest = device, weights, largest
         self.group: Any = None
         self._bucket: Tensor | None = None
@@ -63,10 +63,14 @@ class Sender:
         self._next: tuple[str, Tensor] | None = None
         self._used = 0
 
-    def start(self, dtype: str) -> None:
-        """Begin with the first tensor; all are cast to `dtype`."""
+    def tensors(self, dtype: str, part: Part = "merged") -> Iterator[tuple[str, Tensor]]:
+        """What start() sends, a tensor at a time."""
         wanted = getattr(torch, dtype)
-        self._left = ((name, tensor.to(wanted)) for name, tensor in self.weights())
+        return ((name, tensor.to(wanted)) for name, tensor in self.weights(part))
+
+    def start(self, dtype: str, part: Part = "merged") -> None:
+        """Begin with the first tensor; all are cast to `dtype`."""
+        self._left = self.tensors(dtype, part)
         self._next = next(self._left, None)
 
     def fill(self) -> list[Packed]:
@@ -87,10 +91,9 @@ class Sender:
         _synchronize(self.device)  # another process reads it next
         return packed
 
-    def digest(self, dtype: str) -> str:
-        """digest() of all weights, cast to `dtype`, on the device."""
-        wanted = getattr(torch, dtype)
-        return digest((name, tensor.to(wanted)) for name, tensor in self.weights())
+    def digest(self, dtype: str, part: Part = "merged") -> str:
+        """digest() of what start() sends, on the device."""
+        return digest(self.tensors(dtype, part))
 
     def meet(self, host: str) -> str:
         """An address on `host` at which join() will wait for the engines' workers."""

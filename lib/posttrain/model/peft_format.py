@@ -7,7 +7,7 @@ one whose tensors are not exactly those that it announces. Pickled weights are n
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,17 @@ def adapter_tensors(model: nn.Module, *, hf_names: Callable[[str], str]) -> dict
         for part, parameter in adapter.named_parameters():
             tensors[_peft_name(hf_names, name, part)] = full(parameter.detach())
     return tensors
+
+
+def scaled_tensors(model: nn.Module, *, hf_names: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:
+    """As adapter_tensors(), one at a time, with the scaling in lora_B (in float32): who adds B A x needs no more.
+
+    DoRA, which is more than that, has no such tensors.
+    """
+    for name, _, adapter in adapters(model):
+        assert adapter.magnitude is None, "DoRA is not a sum"
+        yield _peft_name(hf_names, name, "a"), full(adapter.a.detach())
+        yield _peft_name(hf_names, name, "b"), full(adapter.b.detach()).float() * adapter.scaling
 
 
 def save_adapter(

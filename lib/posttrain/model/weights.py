@@ -146,10 +146,13 @@ def hf_shapes(
     return expected
 
 
-def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(model: nn.Module, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Weights under Hugging Face names: vocabulary trimmed, a tied head left out, adapters merged into theirs.
 
     Whole ones, made one at a time: of a sharded model all ranks must go through them together.
+
+    Args:
+        merged: False leaves adapters out: the weights that they stand beside.
     """
     config: DecoderConfig = model.config  # pyright: ignore[reportAssignmentType]
     modules = dict(model.named_modules())
@@ -158,7 +161,7 @@ def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not is_native(config, name):
             continue
         tensor = full(parameter.detach())
-        if leaf == "weight" and getattr(modules[owner], "adapter", None) is not None:
+        if merged and leaf == "weight" and getattr(modules[owner], "adapter", None) is not None:
             tensor = merged_weight(modules[owner])  # pyright: ignore[reportArgumentType]
         yield from to_hf(config, name, tensor)
 

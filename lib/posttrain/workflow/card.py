@@ -17,11 +17,13 @@ from metaflow.cards import Markdown, VegaChart
 from posttrain.data.types import Rollout
 from posttrain.workflow import charts, markup
 from posttrain.workflow.charts import GREEN, ORANGE, PALE, PURPLE, Chart, Line, Metrics
-from posttrain.workflow.evaluate import last_user_text
+from posttrain.workflow.rollout_table import RolloutSample
+from posttrain.workflow.rollouts import DroppedGroup
 
 REDRAW_SECONDS = 1.0
 """Metaflow sends a card at most about once a second; drawing more often would only cost time."""
-SHOWN_GROUPS = 4
+TABLE_SECONDS = 10.0
+"""Between two new tables of rollouts: who pages through one begins anew with the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +136,27 @@ class TrainingCard:
     Charts appear with their first value.
     """
 
-    def __init__(self, title: str, facts: Sequence[str], *, num_steps: int, view: View, card_id: str = "training"):
+    def __init__(
+        self,
+        title: str,
+        facts: Sequence[str],
+        *,
+        num_steps: int,
+        view: View,
+        rollouts_uri: str = "",
+        card_id: str = "training",
+    ):
+        """
+        Args:
+            rollouts_uri: folder of all rollouts, where the run makes any.
+        """
         self.card, self.view, self.num_steps = open_card(card_id), view, num_steps
         self.rows: list[Metrics] = []
         self.charts: dict[str, VegaChart] = {}
         self.drawn_at = 0.0
         self.status = Markdown(markup.block(markup.progress(0, num_steps, "waiting for the first step")))
-        self.samples, self.noted, self.notes = Markdown(""), Markdown(""), []
+        self.noted, self.notes = Markdown(""), []
+        self.sample, self.browser, self.sampled_at = RolloutSample(rollouts_uri), Markdown(""), 0.0
         self.card.append(Markdown(markup.page(title, facts)))
         self.card.append(self.status)
         self.card.append(self.noted)
@@ -156,10 +172,13 @@ class TrainingCard:
         if time.monotonic() - self.drawn_at >= REDRAW_SECONDS or metrics["step"] + 1 >= self.num_steps:
             self._draw()
 
-    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
-        """The best and the worst completion of the first groups."""
-        self.samples.update(sample_table(step, groups))
-        self.card.refresh()
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]], dropped: Sequence[DroppedGroup] = ()) -> None:
+        """Take a sample of them, and show it now and then."""
+        self.sample.add(step, groups, dropped)
+        if time.monotonic() - self.sampled_at >= TABLE_SECONDS or step + 1 >= self.num_steps:
+            self.browser.update(self.sample.table())
+            self.card.refresh()
+            self.sampled_at = time.monotonic()
 
     def note(self, text: str) -> None:
         """Keep a note below the progress bar."""
@@ -179,7 +198,7 @@ class TrainingCard:
                 self.charts[title] = VegaChart(spec)
                 self.card.append(self.charts[title])
         if first:
-            self.card.append(self.samples)
+            self.card.append(self.browser)
         self.card.refresh()
         self.drawn_at = time.monotonic()
 
@@ -214,27 +233,3 @@ def status(rows: Sequence[Metrics], titles: dict[str, str], num_steps: int) -> m
             since = f"{markup.number(start)} at step {first:,}" if last > first else f"at step {first:,}"
             found.append((title, markup.number(latest), since))
     return markup.block(markup.progress(done, num_steps, note), markup.boxes(found))
-
-
-def sample_table(step: int, groups: Sequence[Sequence[Rollout]]) -> markup.Html:
-    """Best and worst completion of the first groups; one of them where all have the same reward."""
-    rows = []
-    for group in groups[:SHOWN_GROUPS]:
-        scored = sorted((r for r in group if r.reward is not None), key=lambda rollout: rollout.reward or 0.0)
-        if not scored:
-            continue
-        chosen = {"best": scored[-1], "worst": scored[0]}
-        if scored[0].reward == scored[-1].reward:
-            chosen = {f"all {len(scored)} alike": scored[0]}
-        for i, (which, rollout) in enumerate(chosen.items()):
-            named = [(name, value) for name, value in rollout.parts.items() if name != "reward"]
-            parts = markup.lines(f"{name} {markup.number(value)}" for name, value in named)
-            ended = "length limit" if rollout.finish_reason == "length" else "stop token"
-            prompt = markup.said(last_user_text(rollout.prompt.row)) if i == 0 else ""
-            row = [prompt, which, markup.said(rollout.text), rollout.reward, len(rollout.token_ids), ended]
-            rows.append([*row, parts])
-    columns = ["prompt", "in its group", "completion", "reward", "tokens", "ended by", "parts of the reward"]
-    if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    title = f"Rollouts of step {step + 1:,}"
-    return markup.block(markup.heading(title, f"The first {SHOWN_GROUPS} groups."), markup.table(columns, rows))

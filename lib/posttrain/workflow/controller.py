@@ -56,6 +56,8 @@ class Plan:
     """Optimizer steps on each step's batch."""
     sync: Way = "store"
     """How weights reach the generators (workflow/weight_push.py)."""
+    adapters: bool = False
+    """Once they hold the weights that stand still, they get adapters alone."""
     sleep: bool = False
     """Generators give their GPU's memory back while the policy trains."""
 
@@ -77,7 +79,7 @@ class Controller:
     ):
         self.plan, self.policy, self.maker, self.generators = plan, policy, maker, maker.generators
         self.evaluator, self.loss, self.saver, self.observers = evaluator, loss, saver, observers
-        self.push = WeightPush(policy, maker.generators, way=plan.sync)
+        self.push = WeightPush(policy, maker.generators, way=plan.sync, adapters=plan.adapters)
         self.ledger, self.ledger_file = Ledger(), ledger_file
         self.version = 0
         """Optimizer steps that the policy has taken."""
@@ -111,7 +113,7 @@ class Controller:
                     metrics |= clock.metrics(metrics) | self.saver.metrics()
                     self.observers.step({"step": step, **metrics})
                     self.observers.note(self.policy.notes)
-                    self.observers.rollouts(step, groups)
+                    self.observers.rollouts(step, groups, self.maker.take_dropped())
                     clock = Clock()  # a commit counts to the step that has to wait for it
                     with clock.phase("checkpoint"):
                         await self.saver.after_step(step + 1, self._kept)

@@ -7,6 +7,7 @@ what it was at is asked again, with the same seeds. One that hangs stops the run
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ class Generators:
         """Calls sync() with the current weights; a dead generator is replaced only where there is one who can."""
         self.deaths = 0
         self.busy = Busy()
-        self._waiting: list[_Asked] = []
+        self._waiting: deque[_Asked] = deque()
         self._calls: list[set[asyncio.Task[None]]] = [set() for _ in range(len(group))]
         self._repairs: set[asyncio.Task[None]] = set()
         self._dead: set[int] = set()
@@ -91,10 +92,13 @@ class Generators:
         """Name of the dtype that sync() wants."""
         return (await self.group.call("weight_dtype", timeout_s=self.timeout_s))[0]
 
-    async def sync(self, version: int, weights: Any, *, dead_only: bool = False) -> dict[int, str]:
-        """Send the weights to all generators, replacing those that have died; digests of what they hold, by rank.
+    async def sync(self, version: int, weights: Callable[[int], Any], *, dead_only: bool = False) -> dict[int, str]:
+        """Send weights to all generators, replacing those that have died; digests of what they hold, by rank.
 
         A generator that takes one call at a time is between calls then.
+
+        Args:
+            weights: (rank) -> what that generator gets, or a handle to it; asked again if another takes its place.
 
         Raises:
             ComputeError: one hung; or died, and more have died than may.
@@ -130,18 +134,18 @@ class Generators:
 
     async def close(self) -> None:
         """End all waits; the generators themselves end with their cluster."""
-        self._waiting = []
+        self._waiting.clear()
         tasks = set().union(*self._calls, self._repairs)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sync(self, rank: int, version: int, weights: Any) -> str:
+    async def _sync(self, rank: int, version: int, weights: Callable[[int], Any]) -> str:
         while True:
             if rank in self._dead:
                 self.group.replace(rank)
             try:
-                digest = await self.group.call_one(rank, "sync", version, weights, timeout_s=self.timeout_s)
+                digest = await self.group.call_one(rank, "sync", version, weights(rank), timeout_s=self.timeout_s)
             except WorkerDiedError as error:
                 self._died(rank, error)
                 continue
@@ -150,19 +154,34 @@ class Generators:
 
     def _hand_out(self) -> None:
         """Give what waits to the generators that have room, evenly."""
-        self._waiting = [asked for asked in self._waiting if not asked.answer.done()]
         living = [rank for rank in range(len(self.group)) if rank not in self._dead]
-        share = 1 if self.calls_at_once > 1 else -(-len(self._waiting) // max(1, len(living)))
+        share = 1
+        if self.calls_at_once == 1:  # else too many calls end for a look at all that waits
+            self._waiting = deque(asked for asked in self._waiting if not asked.answer.done())
+            share = -(-len(self._waiting) // max(1, len(living)))
         while self._waiting and not self._held:
             free = [rank for rank in living if len(self._calls[rank]) < self.calls_at_once]
             if not free:
                 return
-            count = share
-            if any(asked.alone for asked in self._waiting[:share]):
-                count = next(i for i, asked in enumerate(self._waiting) if asked.alone) or 1
-            calls, self._waiting = self._waiting[:count], self._waiting[count:]
+            calls = self._next_call(share)
+            if not calls:
+                return
             rank = min(free, key=lambda rank: len(self._calls[rank]))
             self._start(self._calls[rank], self._call(rank, calls))
+
+    def _next_call(self, share: int) -> list[_Asked]:
+        """Up to `share` of those who wait, in their order; one who must go alone does. Nobody waits for the others."""
+        calls: list[_Asked] = []
+        while self._waiting and len(calls) < share:
+            if self._waiting[0].answer.done():
+                self._waiting.popleft()
+            elif self._waiting[0].alone and calls:
+                break
+            else:
+                calls.append(self._waiting.popleft())
+                if calls[0].alone:
+                    break
+        return calls
 
     def _start(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -188,7 +207,7 @@ class Generators:
                 if not asked.answer.done():
                     asked.answer.set_result(answer)
         except WorkerDiedError as error:
-            self._waiting[:0] = calls
+            self._waiting.extendleft(reversed(calls))
             if rank not in self._dead and self.group.actors[rank] is actor:  # else its other calls have told of it
                 self._bury(rank, error)
         except Exception as error:  # it belongs to those who wait, whatever it is
@@ -204,7 +223,7 @@ class Generators:
         else:  # one of them may be at fault, and the others should not pay for it
             for asked in calls:
                 asked.alone = True
-            self._waiting[:0] = calls
+            self._waiting.extendleft(reversed(calls))
 
     def _bury(self, rank: int, error: WorkerDiedError) -> None:
         try:

@@ -13,6 +13,7 @@ With k = 0 nothing is begun ahead: this is synchronous training.
 """
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 
 from posttrain.deadline import within
@@ -30,17 +31,14 @@ class _Wave:
     engine stay large, and the same however long each took."""
 
     unfinished: int
+    dropped: int = 0
+    """Of its draws that are still in the buffer; their places are free again once the wave is done."""
 
 
 @dataclass(eq=False)
 class _Slot:
     wave: _Wave
     made: Group | Dropped | None = None
-
-    @property
-    def may_be_trained(self) -> bool:
-        """Whether it takes a place, which of a dropped one is free again once its wave is done."""
-        return not isinstance(self.made, Dropped) or self.wave.unfinished > 0
 
 
 class GroupBuffer:
@@ -59,6 +57,8 @@ class GroupBuffer:
         self._taken = ledger.trained
         """Groups handed out to be trained; the ledger counts them only when they are."""
         self._slots: dict[int, _Slot] = {}
+        # What the slots hold, counted as it changes: a step of thousands of groups asks at each one's end.
+        self._places, self._scored, self._dropped = 0, 0, Counter[str]()
         self._silent = 0
         self._changed = asyncio.Event()
 
@@ -72,10 +72,11 @@ class GroupBuffer:
             version: all generators hold weights of this version or newer.
         """
         most = min(version + self.max_staleness + 1, self.num_steps) * self.prompts_per_step
-        room = most - self._taken - sum(slot.may_be_trained for slot in self._slots.values())
+        room = most - self._taken - self._places
         wave = _Wave(max(0, room))
         admitted = [self.ledger.draw() for _ in range(room)]
         self._slots |= {uid: _Slot(wave) for uid in admitted}
+        self._places += len(admitted)
         return admitted
 
     def finish(self, uid: int, made: Group | Dropped) -> None:
@@ -88,6 +89,13 @@ class GroupBuffer:
         assert slot.made is None, f"draw {uid} was finished before"
         slot.made = made
         slot.wave.unfinished -= 1
+        if isinstance(made, list):
+            self._scored += 1
+        else:
+            slot.wave.dropped += 1
+            self._dropped[made.reason] += 1
+        if not slot.wave.unfinished:
+            self._places -= slot.wave.dropped
         self.ledger.move(uid, "scored" if isinstance(made, list) else f"to be dropped: {made.reason}")
         self._changed.set()
         if isinstance(made, list):
@@ -97,6 +105,8 @@ class GroupBuffer:
 
     def take(self) -> list[Group] | None:
         """The next batch, if all of it is there; drops that lie before its end are then counted."""
+        if self._scored < self.prompts_per_step:
+            return None
         batch: list[int] = []
         dropped: dict[int, Dropped] = {}
         for uid, slot in self._slots.items():
@@ -109,9 +119,14 @@ class GroupBuffer:
         if len(batch) < self.prompts_per_step:
             return None
         for uid, each in dropped.items():
-            del self._slots[uid]
+            wave = self._slots.pop(uid).wave
+            wave.dropped -= 1
+            self._places -= wave.unfinished > 0
+            self._dropped[each.reason] -= 1
             self.ledger.drop(each.reason, uid)
         self._taken += len(batch)
+        self._scored -= len(batch)
+        self._places -= len(batch)
         return [made for uid in batch if isinstance(made := self._slots.pop(uid).made, list)]
 
     async def next_batch(self, *, stall_s: float) -> list[Group]:
@@ -122,20 +137,18 @@ class GroupBuffer:
         """
         while (batch := self.take()) is None:
             self._changed.clear()
-            await within(stall_s, f"no group came to an end; {self._open()}: the next", self._changed.wait())
+            await within(stall_s, self._stalled, self._changed.wait())
         return batch
 
-    def _open(self) -> str:
+    def _stalled(self) -> str:
         phases = {phase: uids for phase, uids in self.ledger.state()["open"].items() if phase != "scored"}
-        return "; ".join(
-            f"{len(uids)} {phase.replace('_', ' ')}, first draw {uids[0]}" for phase, uids in phases.items()
-        )
+        how_far = (f"{len(uids)} {phase.replace('_', ' ')}, first draw {uids[0]}" for phase, uids in phases.items())
+        return f"no group came to an end; {'; '.join(how_far)}: the next"
 
     def _check(self, dropped: Dropped) -> None:
-        passed = sum(isinstance(s.made, Dropped) and s.made.reason == dropped.reason for s in self._slots.values())
         limit = self.limits.get(dropped.reason)
         if limit is not None:
-            limit.check(self.ledger.dropped.get(dropped.reason, 0) + passed, dropped)
+            limit.check(self.ledger.dropped.get(dropped.reason, 0) + self._dropped[dropped.reason], dropped)
         self._silent += dropped.reason == "no_signal"
         if self._silent == MAX_SILENT_BATCHES * self.prompts_per_step:
             raise RewardError(

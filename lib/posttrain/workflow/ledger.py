@@ -25,7 +25,9 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        phases = {phase: [uid for uid, at in self.open.items() if at == phase] for phase in self.open.values()}
+        phases: dict[str, list[int]] = {}
+        for uid, phase in self.open.items():
+            phases.setdefault(phase, []).append(uid)
         counts = {"drawn": self.drawn, "trained": self.trained, "dropped": dict(self.dropped)}
         return {"digest": self.digest, **counts, "open": phases}
 

@@ -16,7 +16,7 @@ class Html(str):
 
 
 SHOWN = 400
-"""Characters of a prompt or completion; of longer ones the beginning and the end are shown."""
+"""Characters of a text, where a page does not say otherwise."""
 THIN = 1 / 400
 """Share of a pack, some two pixels; thinner documents beside each other are drawn as one."""
 Segment = tuple[int, int, int]
@@ -105,11 +105,15 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
     return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
-def said(text: str, *, kind: str = "") -> Html:
-    """What a model or a user wrote, letter by letter: line breaks and invisible characters can be seen."""
-    if len(text) > SHOWN:
-        left_out = len(text) - SHOWN
-        start, end = text[: SHOWN * 2 // 3], text[len(text) - SHOWN + SHOWN * 2 // 3 :]
+def said(text: str, *, kind: str = "", limit: int = SHOWN) -> Html:
+    """What a model or a user wrote, letter by letter: line breaks and invisible characters can be seen.
+
+    Args:
+        limit: characters that are shown, from the beginning and the end of longer texts.
+    """
+    if len(text) > limit:
+        left_out = len(text) - limit
+        start, end = text[: limit * 2 // 3], text[len(text) - limit + limit * 2 // 3 :]
         inside = f'{_visible(start)}<span class="faint"> … {left_out:,} characters … </span>{_visible(end)}'
     else:
         inside = _visible(text) or '<span class="faint">(empty)</span>'

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from posttrain import storage
 from posttrain.data.types import Rollout
+from posttrain.workflow.rollouts import DroppedGroup
 
 Metrics = dict[str, float]
 
@@ -23,8 +24,8 @@ class Observer(Protocol):
         """One finished step: its number under "step", and floats named noun/stat."""
         ...
 
-    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
-        """The scored groups of a step."""
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]], dropped: Sequence[DroppedGroup] = ()) -> None:
+        """The scored groups of a step, and those that were dropped since the last."""
         ...
 
     def note(self, text: str) -> None:
@@ -57,7 +58,7 @@ class Terminal:
             flush=True,
         )
 
-    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]], dropped: Sequence[DroppedGroup] = ()) -> None:
         """Nothing: rollouts are for the card."""
 
     def note(self, text: str) -> None:
@@ -83,7 +84,7 @@ class MetricsFile:
         with open(self.uri, "a") as file:
             file.write(self.lines[-1] + "\n")
 
-    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]], dropped: Sequence[DroppedGroup] = ()) -> None:
         """Nothing: only numbers are kept here."""
 
     def note(self, text: str) -> None:
@@ -110,9 +111,9 @@ class Observers:
         for observer in self.observers:
             observer.step(metrics)
 
-    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]], dropped: Sequence[DroppedGroup] = ()) -> None:
         for observer in self.observers:
-            observer.rollouts(step, groups)
+            observer.rollouts(step, groups, dropped)
 
     def note(self, texts: list[str]) -> None:
         """Pass the notes on, and empty the list."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from posttrain.compute.mesh import Sizes
 from posttrain.compute.pool import Pool
+from posttrain.compute.weight_sync import Part
 from posttrain.compute.workers import ActorGroup
 from posttrain.data.pack import deal
 from posttrain.data.types import Pack
@@ -103,14 +104,14 @@ class Policy:
         first = [next(r for r in range(self.sizes.world) if self.sizes.data_rank(r) == share) for share in range(ranks)]
         return [found[first[number % ranks]][number // ranks] for number in range(len(packs))]
 
-    def start_weights(self, dtype: str) -> Any:
+    def start_weights(self, dtype: str, part: Part = "merged") -> Any:
         """Begin to gather the weights; a handle to rank 0's, to pass to the generators unread."""
-        first, *_ = [self.group.start(rank, "weights", dtype) for rank in range(len(self.group))]
+        first, *_ = [self.group.start(rank, "weights", dtype, part) for rank in range(len(self.group))]
         return first
 
-    async def weights_digest(self, dtype: str) -> str:
+    async def weights_digest(self, dtype: str, part: Part = "merged") -> str:
         """digest() of the weights that start_weights() sends."""
-        return (await self.group.call("weights_digest", dtype, timeout_s=self.timeout_s))[0]
+        return (await self.group.call("weights_digest", dtype, part, timeout_s=self.timeout_s))[0]
 
     async def export(self, uri: str) -> str:
         """Publish the weights as a Hugging Face folder."""

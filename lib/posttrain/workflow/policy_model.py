@@ -1,6 +1,6 @@
 """What a policy rank trains, and what stands beside it: a folder's model with adapters or a score head, a teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from posttrain.compute.weight_sync import Part
 from posttrain.data.types import Batch
 from posttrain.model.backend import Backend
 from posttrain.model.forward import Teacher, forward, loss_index, loss_sum
 from posttrain.model.heads import NATIVE, VALUE
 from posttrain.model.lora import LoRA, add_lora, reset_adapters
 from posttrain.model.losses import Loss
-from posttrain.model.peft_format import adapter_tensors, save_adapter
-from posttrain.model.weights import hf_name
+from posttrain.model.peft_format import adapter_tensors, save_adapter, scaled_tensors
+from posttrain.model.weights import hf_name, hf_tensors
 
 Scores = dict[str, np.ndarray]
 """What is known of the trained tokens of a pack, by name: [N] float32 each."""
@@ -107,6 +108,16 @@ def write_adapter(model: Any, folder: Path, *, lora: LoRA, base: str) -> None:
 def join_adapter(model: Any) -> None:
     """What the other ranks of a sharded model do while rank 0 is in write_adapter(): gather with it."""
     adapter_tensors(model, hf_names=partial(hf_name, model.config))
+
+
+def sent_tensors(backend: Backend, model: Any, part: Part) -> Iterator[tuple[str, Tensor]]:
+    """What generators get of a model, whole tensors one at a time; of a sharded model all ranks go through them."""
+    if part == "merged":
+        yield from backend.tensors(model)
+        return
+    if part == "whole":
+        yield from hf_tensors(model, merged=False)
+    yield from scaled_tensors(model, hf_names=partial(hf_name, model.config))
 
 
 @torch.no_grad()

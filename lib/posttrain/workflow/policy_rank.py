@@ -18,6 +18,7 @@ from posttrain.compute.mesh import Sizes, make_mesh
 from posttrain.compute.shard_file import read_parts
 from posttrain.compute.snapshot import Snapshot
 from posttrain.compute.step_timer import StepTimer
+from posttrain.compute.weight_sync import Part
 from posttrain.compute.weight_transfer import Sender
 from posttrain.compute.workers import node_address
 from posttrain.data.batch import collate
@@ -43,6 +44,7 @@ from posttrain.workflow.policy_model import (
     build_policy,
     document_logprobs,
     join_adapter,
+    sent_tensors,
     taught_by,
     token_logprobs,
     token_values,
@@ -214,17 +216,17 @@ class PolicyRank:
         batches = map(self._batch, packs)
         return [{name: self._score(name, b, temperature).cpu().numpy() for name in names} for b in batches]
 
-    def weights(self, dtype: str) -> dict[str, Tensor]:
-        """Weights under Hugging Face names, on the CPU, cast to what the generator wants; none but on rank 0."""
-        wanted, kept = getattr(torch, dtype), {}
-        for name, tensor in self.engine.weights() if self.rank == 0 or self.sharded else ():
+    def weights(self, dtype: str, part: Part = "merged") -> dict[str, Tensor]:
+        """See sent_tensors(); on the CPU, cast to what the generator wants; none but on rank 0."""
+        kept = {}
+        for name, tensor in self.sender("tensors", dtype, part) if self.rank == 0 or self.sharded else ():
             if self.rank == 0:
-                kept[name] = tensor.to("cpu", wanted)
+                kept[name] = tensor.cpu()
         return kept
 
-    def weights_digest(self, dtype: str) -> str:
-        """digest() of weights(dtype), taken from what the ranks hold, where they hold it."""
-        return self.sender("digest", dtype) if self.rank == 0 or self.sharded else ""
+    def weights_digest(self, dtype: str, part: Part = "merged") -> str:
+        """digest() of weights(), taken from what the ranks hold, where they hold it."""
+        return self.sender("digest", dtype, part) if self.rank == 0 or self.sharded else ""
 
     def meet_engines(self) -> str:
         """host:port on this rank's machine where its Sender.join() waits for engines."""
@@ -234,7 +236,8 @@ class PolicyRank:
         """Call a method of this rank's Sender (compute/weight_transfer.py)."""
         if self._sender is None:
             largest = max(parameter.numel() for parameter in self.engine.model.parameters())
-            self._sender = Sender(self.device, self.engine.weights, largest=largest)
+            sent = partial(sent_tensors, self.backend, self.engine.model)
+            self._sender = Sender(self.device, sent, largest=largest)
         return getattr(self._sender, method)(*args, **named)
 
     def state_shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:

@@ -4,6 +4,7 @@ Who calls decides how many are under way at once, and what becomes of those that
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from posttrain.workflow.reward_pool import RewardPool
 Group = list[Rollout]
 
 MOST_DROPPED = 1_000
-"""Dropped groups that are held for who keeps rollouts."""
+"""Dropped groups that are held between two steps for who keeps rollouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,9 @@ class Dropped:
     """What failed, if anything did."""
     rollouts: tuple[Rollout, ...] = ()
     """The group, where it was scored."""
+
+
+DroppedGroup = tuple[Prompt, Dropped]
 
 
 class Prompts:
@@ -112,8 +116,7 @@ class RolloutMaker:
         self.generators, self.rewards, self.decode = generators, rewards, decode
         self.sampling, self.limits, self.shaping = sampling, limits, shaping
         self.environments = environments
-        self.dropped: list[tuple[Prompt, Dropped]] = []
-        """For whoever keeps rollouts, who empties it; the latest MOST_DROPPED."""
+        self._dropped: deque[DroppedGroup] = deque(maxlen=MOST_DROPPED)
 
     async def make(
         self,
@@ -171,8 +174,14 @@ class RolloutMaker:
     def _drop(self, prompt: Prompt, dropped: Dropped) -> Dropped:
         if dropped.error is not None:
             print(f"dropped prompt {prompt.uid}: {dropped.error}", flush=True)
-        self.dropped = [*self.dropped[1 - MOST_DROPPED :], (prompt, dropped)]
+        self._dropped.append((prompt, dropped))
         return dropped
+
+    def take_dropped(self) -> list[DroppedGroup]:
+        """What was dropped since the last call, of it the latest MOST_DROPPED."""
+        taken = list(self._dropped)
+        self._dropped.clear()
+        return taken
 
     def _shaped(self, group: Group) -> Group | Dropped:
         """The group with the cost of its length, if it teaches anything."""

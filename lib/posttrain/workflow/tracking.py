@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 from posttrain.data.types import Rollout
 from posttrain.workflow.evaluate import last_user_text
 from posttrain.workflow.observers import Metrics
+from posttrain.workflow.rollouts import DroppedGroup
 
 Status = Literal["finished", "failed"]
 QUEUED = 1000
@@ -94,7 +95,7 @@ class Tracking:
         self.rows.append(metrics)
         self._put("step", metrics)
 
-    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+    def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]], dropped: Sequence[DroppedGroup] = ()) -> None:
         """One completion of the first group, at most once in TEXT_EVERY_S."""
         if groups and time.monotonic() - self._texted >= TEXT_EVERY_S:
             self._texted = time.monotonic()

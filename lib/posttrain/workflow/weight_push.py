@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, Literal
 
+from posttrain.compute.weight_sync import Part
 from posttrain.compute.workers import first_cause
 from posttrain.errors import SyncError
 from posttrain.workflow.generators import Generators
@@ -22,10 +23,16 @@ class WeightPush:
 
     Args:
         way: see above; generators that are replaced after a death get theirs through the store.
+        adapters: of a policy that trains adapters, send the weights that stand still once to each generator, and from
+            then on adapters alone; all that is sent has them merged otherwise.
     """
 
-    def __init__(self, policy: Policy, generators: Generators, *, way: Way = "store"):
+    def __init__(self, policy: Policy, generators: Generators, *, way: Way = "store", adapters: bool = False):
         self.policy, self.generators, self.way = policy, generators, way
+        self._all: Part = "whole" if adapters else "merged"
+        self._later: Part = "adapters" if adapters else "merged"
+        self._holders: dict[int, Any] = {}
+        """By generator, the actor that was sent all weights and holds them: not one in its place."""
         self.timeout_s = policy.timeout_s
         self._deaths: int | None = None
         """Of generators, when those that live now were met."""
@@ -41,27 +48,45 @@ class WeightPush:
             ComputeError: one side died, or did not answer in time; it is named.
         """
         if self.way == "store" or dead_only or self.generators.dead:
-            weights = self.policy.start_weights(dtype)
-            expected, held = await asyncio.gather(
-                self.policy.weights_digest(dtype),
-                self.generators.sync(version, weights, dead_only=dead_only),
-            )
+            expected, held = await self._store(version, dtype, dead_only=dead_only)
         else:
+            parts = {self._part(rank) for rank in range(len(self.generators.group))}
+            part = self._all if self._all in parts else self._later
             async with self.generators.between_calls():
                 await self._meet()
-                held = dict(enumerate(await self._buckets(version, dtype)))
-            expected = await self.policy.weights_digest(dtype)
+                held = dict(enumerate(await self._buckets(version, dtype, part)))
+            expected = dict.fromkeys(held, await self.policy.weights_digest(dtype, part))
         for rank, got in held.items():
-            if got != expected:
+            if got != expected[rank]:
                 raise SyncError(
                     f"generator {rank} holds {got[:12]} after the sync to version {version}, "
-                    f"the policy sent {expected[:12]}"
+                    f"the policy sent {expected[rank][:12]}"
                 )
+            self._holders[rank] = self.generators.group.actors[rank]
 
-    async def _buckets(self, version: int, dtype: str) -> list[str]:
+    def _part(self, rank: int) -> Part:
+        """What a generator is to get."""
+        return self._later if self._holders.get(rank) is self.generators.group.actors[rank] else self._all
+
+    async def _store(self, version: int, dtype: str, *, dead_only: bool) -> tuple[dict[int, str], dict[int, str]]:
+        """Digests of what was sent and of what is held, by generator."""
+        parts: dict[int, Part] = {}
+        handles: dict[Part, Any] = {}
+
+        def weights(rank: int) -> Any:
+            part = parts[rank] = self._part(rank)
+            if part not in handles:
+                handles[part] = self.policy.start_weights(dtype, part)
+            return handles[part]
+
+        held = await self.generators.sync(version, weights, dead_only=dead_only)
+        digests = {part: await self.policy.weights_digest(dtype, part) for part in handles}
+        return {rank: digests[parts[rank]] for rank in held}, held
+
+    async def _buckets(self, version: int, dtype: str, part: Part) -> list[str]:
         engines = self.generators.group
         await engines.call("begin_sync", version, timeout_s=self.timeout_s)
-        await self._senders("start", dtype)
+        await self._senders("start", dtype, part)
         while packed := (await self._senders("fill"))[0]:
             if self.way == "ipc":
                 each = [((packed, handle), {}) for handle in self._handles]

@@ -67,7 +67,7 @@ def test_buckets_carry_every_tensor_to_every_worker(monkeypatch):
     monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", 600)
     shapes = ((3,), (10, 10), (2, 3, 5), (1,), (7, 9))  # in bfloat16 the second takes 200 bytes, all of them 406
     weights = [(f"w{n}", drawn(*shape)) for n, shape in enumerate(shapes * 3)]
-    sender = Sender(CPU, lambda: iter(weights), largest=100)
+    sender = Sender(CPU, lambda part: iter(weights), largest=100)
     address, buckets, received = sender.meet("127.0.0.1"), [], [[], []]
     workers, ready = [Receiver(CPU), Receiver(CPU)], threading.Barrier(3)
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.data.types import Prompt, Rollout
 from posttrain.workflow import charts, markup
-from posttrain.workflow.card import GRPO, SFT, View, all_charts, sample_table, status
+from posttrain.workflow.card import GRPO, SFT, View, all_charts, status
 from posttrain.workflow.pages import answers, promotion_page, verdict
 
 HOSTILE = "a | b `c` \r\n\n# head <b>x</b> <script>y</script> \"q\" 'p' &amp; \u202e \x00 [l](http://e) </div>"
@@ -253,24 +252,6 @@ def test_status_shows_the_latest_and_the_first_value_and_no_empty_boxes():
     assert "Held-out reward" in seen
     assert "Held-out reward" not in Opened(status(rows[:5], GRPO.boxes, 40)).text
     assert "finished" in Opened(status(rows, GRPO.boxes, 12)).text
-
-
-def test_samples_are_the_best_and_the_worst_of_a_group():
-    def rollout(text: str, reward: float | None, **parts: float) -> Rollout:
-        prompt = Prompt(uid=0, token_ids=(1,), row={"messages": [{"role": "user", "content": "2 < 3?"}]})
-        kept = {"token_ids": (1, 2), "logprobs": (), "versions": (), "finish_reason": "stop"}
-        return Rollout(prompt=prompt, sample_index=0, text=text, reward=reward, parts=parts, **kept)
-
-    mixed = [rollout("middle", 0.5), rollout("top", 1.0, form=0.25), rollout("low", -1.0), rollout("unscored", None)]
-    alike = [rollout("same", 1.0), rollout("same", 1.0)]
-    fragment = sample_table(6, [mixed, alike, [rollout("unscored", None)]])
-    rows = [[Opened(cell).text for cell in re.findall("<td.*?</td>", row)] for row in fragment.split("<tr>")[2:]]
-    assert "Rollouts of step 7" in fragment
-    assert rows == [
-        ["2 < 3?", "best", "top", "1", "2", "stop token", "form 0.250"],
-        ["", "worst", "low", "-1", "2", "stop token", ""],
-        ["2 < 3?", "all 2 alike", "same", "1", "2", "stop token", ""],
-    ]
 
 
 def test_answers_of_all_models_stand_beside_each_other():

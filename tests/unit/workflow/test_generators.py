@@ -45,10 +45,10 @@ def use(
         generators = Generators(group, timeout_s=timeout_s, max_failures=failures)
 
         async def send() -> None:
-            await generators.sync(5, {}, dead_only=True)
+            await generators.sync(5, lambda rank: {}, dead_only=True)
 
         generators.send_weights = send
-        await generators.sync(5, {})
+        await generators.sync(5, lambda rank: {})
         try:
             return await work(generators)
         finally:
@@ -92,7 +92,7 @@ def test_weights_come_between_the_calls_of_an_engine_that_takes_one_at_a_time(tm
         await asyncio.sleep(0)  # lets it leave
         await asyncio.sleep(0)
         second = asyncio.create_task(generators.generate(requests(2)))
-        await generators.sync(6, {})
+        await generators.sync(6, lambda rank: {})
         await asyncio.gather(first, second)
 
     use("OneAtATime", tmp_path, ask)
@@ -114,7 +114,7 @@ def test_a_generator_that_died_idle_is_replaced_by_the_next_sync(tmp_path: Path)
     async def ask(generators):
         with pytest.raises(ComputeError):
             await generators.group.call_one(0, "generate", requests(1), timeout_s=60)
-        await generators.sync(6, {})
+        await generators.sync(6, lambda rank: {})
         return (await generators.generate(requests(2)))[0].versions[0]
 
     assert use("DiesOnce", tmp_path, ask) == 6

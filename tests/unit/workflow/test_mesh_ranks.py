@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from policy_ranks import MODEL, Job, run
 from posttrain import storage
+from posttrain.compute.weight_sync import digest
 from tiny_families import random_model
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -98,6 +99,15 @@ def test_adapters_in_shards_are_published_merged_and_beside_the_model_as_whole_o
     far = torch.cat([(merged[name] - alone[name]).abs().flatten() for name in alone])
     moved = torch.cat([(alone[name] - base[name]).abs().flatten() for name in alone])
     assert far.mean() < 0.01 * moved.mean()
+
+
+def test_adapters_in_shards_are_sent_alone_whole_and_with_their_scaling(found, root: Path):
+    rank, *others = found("tensor lora")
+    adapters = load_file(storage.fetch(str(root / "together")) / "adapter/adapter_model.safetensors")
+    assert set(rank["sent"]) == set(adapters) and not any(other["sent"] for other in others)
+    for name, tensor in rank["sent"].items():
+        assert torch.equal(tensor, adapters[name] * (32 / 4 if ".lora_B." in name else 1))
+    assert rank["sent_digest"] == digest(rank["sent"].items())
 
 
 @pytest.mark.slow

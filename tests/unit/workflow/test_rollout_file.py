@@ -18,13 +18,6 @@ def tokenizer(tmp_path_factory):
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-class Maker:
-    """What a RolloutFile reads of a RolloutMaker."""
-
-    def __init__(self):
-        self.dropped = []
-
-
 def prompt_of(tokenizer, uid, question="sort 31"):
     row = {"messages": [{"role": "user", "content": question}], "answer": "13"}
     return Prompt(uid=uid, token_ids=tuple(tokenizer.prompt(row["messages"])), row=row)
@@ -54,8 +47,7 @@ def group_of(tokenizer, uid, **rewards):
 
 
 def test_a_step_is_one_file_and_one_row_group_with_all_that_is_known(tokenizer, root_uri, tmp_path):
-    maker = Maker()
-    file = RolloutFile(f"{root_uri}/rollouts", maker)
+    file = RolloutFile(f"{root_uri}/rollouts")
     file.rollouts(7, [group_of(tokenizer, 3, a=1.0, b=0.0)])
     from posttrain import storage
 
@@ -72,13 +64,12 @@ def test_a_step_is_one_file_and_one_row_group_with_all_that_is_known(tokenizer, 
     assert json.loads(first["row"]) == rollout.prompt.row and first["drop_reason"] is None
 
 
-def test_dropped_groups_are_kept_with_their_reason_once(tokenizer, tmp_path):
-    maker = Maker()
-    file = RolloutFile(str(tmp_path), maker)
+def test_dropped_groups_are_kept_with_their_reason(tokenizer, tmp_path):
+    file = RolloutFile(str(tmp_path))
     failed = Dropped(reason="reward_error", error=RewardError("the verifier is down"))
     silent = Dropped(reason="no_signal", rollouts=tuple(group_of(tokenizer, 9, a=0.0, b=0.0)))
-    maker.dropped = [(prompt_of(tokenizer, 8), failed), (prompt_of(tokenizer, 9), silent)]
-    file.rollouts(0, [group_of(tokenizer, 3, a=1.0, b=0.0)])
+    dropped = [(prompt_of(tokenizer, 8), failed), (prompt_of(tokenizer, 9), silent)]
+    file.rollouts(0, [group_of(tokenizer, 3, a=1.0, b=0.0)], dropped)
     file.rollouts(1, [group_of(tokenizer, 4, a=1.0, b=0.0)])
     rows = pq.read_table(file_of(str(tmp_path), 0)).to_pylist()
     assert [(row["uid"], row["drop_reason"]) for row in rows[2:]] == [
@@ -92,23 +83,24 @@ def test_dropped_groups_are_kept_with_their_reason_once(tokenizer, tmp_path):
 
 def test_a_step_that_a_resume_repeats_occurs_once(tokenizer, tmp_path):
     for text in ("a", "b"):
-        RolloutFile(str(tmp_path), Maker()).rollouts(2, [group_of(tokenizer, 3, **{text: 1.0})])
+        RolloutFile(str(tmp_path)).rollouts(2, [group_of(tokenizer, 3, **{text: 1.0})])
     table = pq.read_table(tmp_path).to_pylist()
     assert [(row["step"], row["text"]) for row in table] == [(2, "b")]
 
 
 def test_a_file_that_cannot_be_written_is_told_and_stops_nothing(tokenizer, tmp_path, capsys):
     (tmp_path / "rollouts").write_text("in the way")
-    file = RolloutFile(str(tmp_path / "rollouts"), Maker())
+    file = RolloutFile(str(tmp_path / "rollouts"))
     file.rollouts(0, [group_of(tokenizer, 3, a=1.0)])
     assert file.failures == 1
     assert "WARNING: the rollouts of step 1 are not kept, 1 so far" in capsys.readouterr().out
 
 
 def written(tokenizer, tmp_path):
-    file = RolloutFile(str(tmp_path), Maker())
-    file.maker.dropped = [(prompt_of(tokenizer, 8), Dropped(reason="no_signal", rollouts=()))]
-    file.rollouts(0, [group_of(tokenizer, 0, **{"31": 0.0, "13": 1.0}), group_of(tokenizer, 1, a=1.0, b=1.0)])
+    file = RolloutFile(str(tmp_path))
+    dropped = [(prompt_of(tokenizer, 8), Dropped(reason="no_signal", rollouts=()))]
+    groups = [group_of(tokenizer, 0, **{"31": 0.0, "13": 1.0}), group_of(tokenizer, 1, a=1.0, b=1.0)]
+    file.rollouts(0, groups, dropped)
     cut = [rollout_of(tokenizer, 2, i, text, float(i), finish_reason="length") for i, text in enumerate("ab")]
     file.rollouts(1, [group_of(tokenizer, 3, a=0.2, b=0.1), cut])
     return str(tmp_path)
@@ -153,7 +145,7 @@ def test_an_episode_of_several_turns_becomes_a_conversation_and_no_pair(tokenize
         {"role": role, "content": text} for role, text in (("assistant", "5"), ("tool", "up"), ("assistant", "7"))
     )
     group = [rollout_of(tokenizer, 0, i, "5 up 7", float(i), turns=turns) for i in range(2)]
-    RolloutFile(str(tmp_path), Maker()).rollouts(0, [group])
+    RolloutFile(str(tmp_path)).rollouts(0, [group])
     (row,) = best_rows(str(tmp_path))
     assert [message["content"] for message in row["messages"]] == ["sort 31", "5", "up", "7"]
     with pytest.raises(DataError):

@@ -40,6 +40,10 @@ class Generator(Protocol):
     Made as `cls(model_uri=…, stop_ids=…, pad_id=…)` in a process of its own. A class with the attribute
     `concurrency = N` gets up to N - 1 calls of generate() at once, each for one group, and sync() beside them; one
     without it gets a call at a time, for all groups that wait.
+
+    A class with the attribute `max_adapter_rank = R` is sent the adapters of a policy that trains some of at most that
+    rank: in its first sync beside the weights that they stand beside, later alone (compute/weight_sync.py names them).
+    One without it gets all weights each time, adapters merged into theirs.
     """
 
     def weight_dtype(self) -> str:
@@ -47,7 +51,7 @@ class Generator(Protocol):
         ...
 
     def sync(self, version: int, weights: Mapping[str, Tensor]) -> str:
-        """Take weights under Hugging Face names; return digest() of what is now held."""
+        """Take weights under Hugging Face names, and keep others; return digest() of what is now held of them."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -5,14 +5,18 @@ independent implementation of the model, so its logprobs check the trainer's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from posttrain import storage
 from posttrain.compute.generator import Completion, Request
-from posttrain.compute.weight_sync import digest
+from posttrain.compute.weight_sync import adapter_part, digest
+from posttrain.errors import SyncError
 
 MAX_CACHE_TOKENS = 131_072
 """Tokens of KV cache held at once: 14 GiB for the Qwen3-0.6B shape in bfloat16 (28 layers x 2 x 1024 x 2 bytes)."""
@@ -20,6 +24,9 @@ MAX_CACHE_TOKENS = 131_072
 
 class TransformersGenerator:
     """Sample from a Hugging Face model folder's architecture, in float32 on CPU or bfloat16 on a GPU."""
+
+    max_adapter_rank: ClassVar[int] = 1 << 16
+    """Any: an adapter's two matrices are multiplied with beside those of its Linear."""
 
     def __init__(self, *, model_uri: str, stop_ids: Sequence[int], pad_id: int, max_batch: int = 512):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,17 +37,33 @@ class TransformersGenerator:
         self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(self.device).eval()
         self.stop_ids, self.pad_id, self.max_batch = tuple(stop_ids), pad_id, max_batch
         self.version = -1
+        self._adapters: dict[str, Tensor] = {}
+        """By the names that they are sent under."""
 
     def weight_dtype(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def sync(self, version: int, weights: Mapping[str, Tensor]) -> str:
-        held = dict(self.model.named_parameters())
+        if self.version < 0 and all(map(adapter_part, weights)):
+            raise SyncError("adapters came without the weights that they stand beside")
+        self._make_room(weights)
+        held = dict(self.model.named_parameters()) | self._adapters
         for name, tensor in weights.items():
             held[name].copy_(tensor)
         self.version = version
         return digest((name, held[name]) for name in weights)
+
+    def _make_room(self, weights: Mapping[str, Tensor]) -> None:
+        """Let modules read adapters that come for the first time."""
+        for name in weights:
+            if name in self._adapters or (part := adapter_part(name)) is None:
+                continue
+            self._adapters[name] = torch.empty(weights[name].shape, dtype=self.dtype, device=self.device)
+            module, matrix = part
+            if matrix == "A":
+                names = name, f"{name.removesuffix('A.weight')}B.weight"
+                self.model.get_submodule(module).register_forward_hook(partial(_adapted, self._adapters, *names))
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         assert self.version >= 0, "generate() before the first sync(): the generator holds no weights"
@@ -113,6 +136,11 @@ class TransformersGenerator:
                 )
             )
         return completions
+
+
+def _adapted(adapters: Mapping[str, Tensor], a: str, b: str, _: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """What a Linear with an adapter computes: W x + B A x."""
+    return output + F.linear(F.linear(inputs[0], adapters[a]), adapters[b])
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:

@@ -8,7 +8,6 @@ under way is finished, weights are loaded, and the cache is dropped, that of run
 token is of the new weights alone; the requests themselves go on.
 """
 
-import gc
 import os
 import queue
 import threading
@@ -16,15 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from posttrain import faults, storage
-from posttrain.compute.generator import Completion, Request
-from posttrain.compute.generator.gpu_start import starting_alone
+from posttrain.compute.generator import Completion, Request, vllm_adapters
 from posttrain.compute.generator.vllm_requests import completion, sampling_params
+from posttrain.compute.generator.vllm_start import keep_weights_unpacked, starting_alone
 from posttrain.compute.vllm_logprobs import ENVIRONMENT, require_vllm
 from posttrain.compute.weight_sync import WRAP, Held, digest_of
 from posttrain.compute.weight_transfer import Packed, gpu_id
@@ -53,6 +52,9 @@ class _Open:
 class VllmGenerator:
     """Samples by vLLM's LLMEngine, in float32 on CPU or bfloat16 on GPUs, tensor-parallel over all that it sees."""
 
+    max_adapter_rank: ClassVar[int] = 512
+    """vLLM's own limit."""
+
     def __init__(
         self,
         *,
@@ -62,12 +64,14 @@ class VllmGenerator:
         max_tokens: int | None = None,
         memory_share: float = 0.9,
         can_sleep: bool = False,
+        adapters: tuple[int, Sequence[str]] | None = None,
     ):
         """
         Args:
             max_tokens: of a prompt with its completion; the model's own limit when None or less.
             memory_share: of each GPU's memory, for weights and cache.
             can_sleep: sleep() gives the memory of a GPU back.
+            adapters: rank, and names of the modules, of adapters that sync() will bring apart from the weights.
 
         Raises:
             ComputeError: vLLM is missing, or does not run this model on this machine.
@@ -77,6 +81,7 @@ class VllmGenerator:
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.stop_ids, self.can_sleep = list(stop_ids), can_sleep and self.device == "cuda"
         self.version, self.asleep, self._paused = -1, False, False
+        self.adapters = adapters
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[str, _Open] = {}
         self._numbered = 0
@@ -89,8 +94,6 @@ class VllmGenerator:
         except Exception as error:  # vLLM raises many kinds for a model or a machine that it does not serve
             reason = " ".join(str(error).split())
             raise ComputeError(f"vllm cannot run {model_uri}: {type(error).__name__}: {reason}") from error
-        gc.collect()
-        gc.freeze()  # what is there now stays: the collector need not look at it again at every step
         threading.Thread(target=self._loop, name="vllm-engine", daemon=True).start()
 
     def weight_dtype(self) -> str:
@@ -142,9 +145,10 @@ class VllmGenerator:
         from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
 
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         if on_cpu:
-            _keep_weights_unpacked()
-        longest = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().max_position_embeddings
+            keep_weights_unpacked(shape)
+        longest = shape.max_position_embeddings
         workers = 1 if on_cpu else torch.cuda.device_count()
         return LLMEngine.from_engine_args(
             EngineArgs(
@@ -166,6 +170,7 @@ class VllmGenerator:
                 enable_sleep_mode=self.can_sleep,
                 worker_extension_cls="posttrain.compute.generator.vllm_worker.WeightsWorker",
                 seed=0,
+                **({} if self.adapters is None else vllm_adapters.engine_arguments(*self.adapters)),
             )
         )
 
@@ -213,7 +218,9 @@ class VllmGenerator:
         assert self.version >= 0, "generate() before the first sync(): the generator holds no weights"
         self._numbered += 1
         name = str(self._numbered)
-        self.engine.add_request(name, {"prompt_token_ids": list(request.token_ids)}, sampling)
+        adapter = None if self.adapters is None else vllm_adapters.request()
+        prompt = {"prompt_token_ids": list(request.token_ids)}
+        self.engine.add_request(name, prompt, sampling, lora_request=adapter)
         self._open[name] = _Open(done=Future())
         return self._open[name].done
 
@@ -238,6 +245,7 @@ class VllmGenerator:
 
     def _end(self) -> str:
         """Go on with the new weights; the digest of what is held of the tensors that were sent."""
+        self.engine.collective_rpc("posttrain_adapt")
         held = self._held(self._shapes)
         if self.asleep:
             self.engine.wake_up(tags=["kv_cache"])
@@ -272,18 +280,11 @@ class VllmGenerator:
     def _sleep(self) -> None:
         if self.can_sleep and not self.asleep:
             self._pause()
-            self.engine.engine_core.engine_core.sleep(2, "keep")
+            # What comes once is kept, in host memory; weights that every sync brings need not be.
+            self.engine.engine_core.engine_core.sleep(2 if self.adapters is None else 1, "keep")
             self.asleep = True
 
 
 def vllm_is_installed() -> bool:
     """Whether vLLM can be imported, found without importing it."""
     return find_spec("vllm") is not None
-
-
-def _keep_weights_unpacked() -> None:
-    """vLLM 0.32 packs private copies of linear weights for oneDNN on CPUs; a tied head would keep the old ones after a
-    sync, with no error."""
-    from vllm import _custom_ops  # pyright: ignore
-
-    _custom_ops._supports_onednn = False

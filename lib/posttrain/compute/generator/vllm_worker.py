@@ -1,9 +1,9 @@
 """What runs inside vLLM's worker processes: it loads weights, and tells what the worker holds of them.
 
 vLLM fuses q, k and v, gate and up, stacks experts, pads the vocabulary, and splits matrices over tensor-parallel
-workers. Here every tensor of a checkpoint is found again in that: the fingerprint of the part that this worker holds
-goes back under the checkpoint's name, and the parts of all workers add up to what was sent. A layout in which a tensor
-cannot be found is refused, never assumed to be right.
+workers; adapters lie in its buffers for those (vllm_adapters.py). Here every tensor that was sent is found again in
+that: the fingerprint of the part that this worker holds goes back under the tensor's name, and the parts of all workers
+add up to what was sent. A layout in which a tensor cannot be found is refused, never assumed to be right.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.compute.weight_sync import WRAP, Held, fingerprint
+from posttrain.compute.generator.vllm_adapters import bare, slots, take
+from posttrain.compute.weight_sync import WRAP, Held, adapter_part, fingerprint
 from posttrain.compute.weight_transfer import Packed, Receiver
 from posttrain.errors import SyncError
 
@@ -34,9 +35,32 @@ class WeightsWorker:
     """Methods that vLLM adds to its worker class (`worker_extension_cls`); names start with posttrain_ to be unique."""
 
     def posttrain_load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy whole tensors, under Hugging Face names, into the model; it takes its own share of each."""
-        with torch.no_grad():
-            _model(self).load_weights(iter(weights))  # pyright: ignore[reportCallIssue]
+        """Copy whole tensors, under Hugging Face names, into the model; it takes its own share of each.
+
+        Those of adapters are kept until posttrain_adapt(), which has to see them all.
+        """
+        plain = []
+        for name, tensor in weights:
+            if adapter_part(name) is None:
+                plain.append((name, tensor))
+            else:  # the bucket that it lies in is filled again
+                _waiting(self)[name] = tensor.to(self.device, copy=True)  # pyright: ignore[reportAttributeAccessIssue]
+        if plain:
+            self.posttrain_complete = True
+            with torch.no_grad(), bare(_model(self)):
+                _model(self).load_weights(iter(plain))  # pyright: ignore[reportCallIssue]
+
+    def posttrain_adapt(self) -> None:
+        """Sample with the adapters that came since the last call.
+
+        Raises:
+            SyncError: no weights ever came.
+        """
+        if not getattr(self, "posttrain_complete", False):
+            raise SyncError("adapters came without the weights that they stand beside")
+        if waiting := _waiting(self):
+            take(self.model_runner.lora_manager._adapter_manager, waiting)  # pyright: ignore[reportAttributeAccessIssue]
+            waiting.clear()
 
     def posttrain_join(self, address: str, *, first_rank: int, world_size: int, timeout_s: float) -> None:
         """Meet the policy's rank 0; workers of this engine are ranks from `first_rank` on."""
@@ -59,9 +83,12 @@ class WeightsWorker:
 
 def held_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, rank: int = 0) -> list[Held]:
     """See WeightsWorker.posttrain_held()."""
-    layout = Layout(model, shapes, rank=rank)
-    parts = {name: layout.part(name) for name in shapes}
-    layout.check_all_filled()
+    with bare(model) as wrapped:
+        layout = Layout(model, shapes, rank=rank, wrapped=wrapped)
+        parts = {name: layout.part(name) for name in shapes}
+    if any(adapter_part(name) is None for name in shapes):
+        layout.check_all_filled()
+    layout.check_slots({name: part.tensor for name, part in parts.items() if adapter_part(name)})
     marks = [fingerprint(p.tensor, row=p.row, column=p.column) if p.counts else 0 for p in parts.values()]
     return [
         Held(name=name, shape=shapes[name], dtype=part.tensor.dtype, fingerprint=int(mark) % WRAP)
@@ -72,8 +99,10 @@ def held_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, rank: in
 class Layout:
     """Where the tensors of a checkpoint lie in a model of vLLM's, on one tensor-parallel worker."""
 
-    def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, rank: int):
-        self.model, self.shapes, self.rank = model, shapes, rank
+    def __init__(
+        self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, rank: int, wrapped: Mapping[str, Any]
+    ):
+        self.model, self.shapes, self.rank, self.wrapped = model, shapes, rank, wrapped
         self.parameters = dict(model.named_parameters())
         self.fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
         self.filled: dict[str, int] = dict.fromkeys(self.parameters, 0)
@@ -84,16 +113,49 @@ class Layout:
         Raises:
             SyncError: it cannot be told.
         """
+        if (adapter := adapter_part(name)) is not None:
+            return self._adapter(name, *adapter)
         if ".experts." in name:
             return self._expert(name)
-        if name in self.parameters:
-            return self._found(name, name, self.parameters[name], piece=None)
+        theirs, place = self._where(name, self.parameters)
+        if theirs is None:
+            raise self._lost(name, "has no parameter of that name, nor one that fuses it with others")
+        held = self.parameters[theirs]
+        if place is not None:  # of several matrices, or biases, that lie below each other
+            sizes = self._module(theirs).output_partition_sizes
+            held = held.narrow(0, sum(sizes[:place]), sizes[place])
+        self.filled[theirs] += held.numel()
+        return self._found(name, theirs, held, piece=place)
+
+    def _where(self, name: str, theirs: Iterable[str]) -> tuple[str | None, int | None]:
+        """Which of vLLM's names stands for `name`, and at which place of several where it is fused with others."""
+        if name in theirs:
+            return name, None
         for fused, pieces in self.fused.items():
             for place, piece in enumerate(pieces):
-                theirs = name.replace(f".{piece}.", f".{fused}.")
-                if theirs != name and theirs in self.parameters:
-                    return self._fused(name, theirs, place)
-        raise self._lost(name, "has no parameter of that name, nor one that fuses it with others")
+                found = f"{name}.".replace(f".{piece}.", f".{fused}.").removesuffix(".")
+                if found != name and found in theirs:
+                    return found, place
+        return None, None
+
+    def _adapter(self, name: str, module: str, matrix: str) -> Part:
+        """A matrix of an adapter: each worker has what its part of the module's weight needs."""
+        theirs, place = self._where(module, self.wrapped)
+        pieces = [] if theirs is None else slots(self.wrapped[theirs], matrix)
+        if theirs is None or len(pieces) <= (place or 0):
+            raise self._lost(name, "has no adapter of that module")
+        held = pieces[place or 0]
+        held = held[: self.shapes[name][0]] if matrix == "A" else held[:, : self.shapes[name][1]]  # its rank; 0 beyond
+        return self._found(name, f"{theirs}.weight", held, piece=place)
+
+    def check_slots(self, parts: Mapping[str, Tensor]) -> None:
+        """
+        Raises:
+            SyncError: adapters hold more than the parts that were sent.
+        """
+        every = [slot for module in self.wrapped.values() for matrix in "AB" for slot in slots(module, matrix)]
+        if parts and (more := _nonzero(every) - _nonzero(parts.values())):
+            raise SyncError(f"vllm holds {more} elements of adapters that no tensor of the policy fills")
 
     def check_all_filled(self) -> None:
         """
@@ -105,20 +167,12 @@ class Layout:
             if missing:
                 raise SyncError(f"vllm holds {missing} elements of {name} that no tensor of the policy fills")
 
-    def _fused(self, name: str, theirs: str, place: int) -> Part:
-        """One of several matrices, or biases, that lie below each other in one parameter."""
-        sizes = self._module(theirs).output_partition_sizes
-        start = sum(sizes[:place])
-        return self._found(name, theirs, self.parameters[theirs][start : start + sizes[place]], piece=place)
-
     def _found(self, name: str, theirs: str, held: Tensor, *, piece: int | None) -> Part:
         """`held` is what this worker has of the tensor `name`, by rows or by columns, or all of it."""
         module, shape = self._module(theirs), self.shapes[name]
         if (indices := getattr(module, "shard_indices", None)) is not None:  # a vocabulary, padded
             row, end = indices.org_vocab_start_index, indices.org_vocab_end_index
-            self.filled[theirs] += held.numel()
             return self._checked(name, Part(tensor=held[: end - row], row=row), (end - row, *shape[1:]))
-        self.filled[theirs] += held.numel()
         if tuple(held.shape) == shape:  # a copy on every worker: the first answers
             return Part(tensor=held, counts=self.rank == 0)
         if held.shape[1:] == shape[1:] and held.shape[0]:
@@ -158,6 +212,17 @@ class Layout:
             f"{name} {self.shapes[name]} cannot be read back from vllm, which {why}; unproved weights are not sampled "
             "from. Fix: rollout.generator: transformers"
         )
+
+
+def _nonzero(tensors: Iterable[Tensor]) -> int:
+    return int(sum(tensor.count_nonzero() for tensor in tensors))
+
+
+def _waiting(worker: Any) -> dict[str, Tensor]:
+    """Tensors of adapters, on the way."""
+    if getattr(worker, "posttrain_waiting", None) is None:
+        worker.posttrain_waiting = {}
+    return worker.posttrain_waiting
 
 
 def _model(worker: Any) -> nn.Module:

@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-from posttrain.compute.generator.gpu_start import starting_alone
+from posttrain.compute.generator.vllm_start import starting_alone
 
 OTHER = """
-from posttrain.compute.generator.gpu_start import starting_alone
+from posttrain.compute.generator.vllm_start import starting_alone
 print("asks", flush=True)
 with starting_alone("cuda"):
     print("starts", flush=True)
