@@ -42,13 +42,14 @@ def use(
             [{"folder": str(folder)}] * count,
             Pool(cpus=0, concurrency=concurrency),
         )
-        generators = Generators(group, timeout_s=timeout_s, max_failures=failures)
+        generators = Generators(group, timeout_s=60, max_failures=failures)
 
         async def send() -> None:
             await generators.sync(5, lambda rank: {}, dead_only=True)
 
         generators.send_weights = send
-        await generators.sync(5, lambda rank: {})
+        await generators.sync(5, lambda rank: {})  # which waits for the actors to come up, however busy the machine is
+        generators.timeout_s = timeout_s
         try:
             return await work(generators)
         finally:
