@@ -49,13 +49,20 @@ def run_container(folder: Path, command: list[str], environment: dict[str, str])
         return subprocess.run(command, cwd=work, env=env, stdout=log, stderr=log, timeout=180, check=False).returncode
 
 
+ARGO = "/apis/argoproj.io/"
+
+
 class FakeKubernetes(BaseHTTPRequestHandler):
-    """The five requests that Metaflow makes, answered from `server.objects`, manifests by name."""
+    """The requests that Metaflow makes, answered from `server.objects`: jobs by name, Argo's objects by plural/name."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
         manifest = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if ARGO in self.path:
+            plural = self.path.partition("?")[0].rpartition("/")[2]
+            self.server.objects[f"{plural}/{manifest['metadata']['name']}"] = manifest
+            return self.answer(201, manifest)
         name = manifest["metadata"].setdefault("name", f"job-{len(self.server.objects)}")
         manifest["metadata"]["namespace"] = "default"
         self.server.objects[name] = manifest
@@ -73,6 +80,9 @@ class FakeKubernetes(BaseHTTPRequestHandler):
         if path.endswith("/pods"):
             name = query.rpartition("job-name")[2].removeprefix("%3D").removeprefix("=")
             return self.answer(200, {"items": [self.pod(self.server.objects[name])]})
+        if ARGO in path:
+            kept = self.server.objects.get("/".join(path.split("/")[-2:]))
+            return self.answer(200, kept) if kept else self.answer(404, {"message": "not found"})
         return self.answer(200, self.server.objects[path.rpartition("/")[2]])
 
     def pod(self, job):

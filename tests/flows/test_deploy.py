@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,33 +28,6 @@ SMALL = [
     "parallel.memory_gib=16",
 ]
 """Changes to the built-in task; without its warm-up the first GPU step is `train`."""
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """Metaflow's files in tmp_path, whatever this machine's own configuration says."""
-    for name in [name for name in os.environ if name.startswith(("METAFLOW_", "AWS_", "KUBE"))]:
-        monkeypatch.delenv(name)
-    settings = {
-        "METAFLOW_HOME": tmp_path / "home",
-        "METAFLOW_USER": "tester",
-        "METAFLOW_DATASTORE_SYSROOT_LOCAL": tmp_path,
-        "METAFLOW_CLIENT_CACHE_PATH": tmp_path / "cache",
-        "METAFLOW_S3_WORKER_COUNT": 2,
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, str(value))
-    return tmp_path
-
-
-@pytest.fixture
-def cloud(home, s3_bucket, monkeypatch):
-    """S3 and AWS Batch behind one address; yields the bucket that is also Metaflow's datastore."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", os.environ["METAFLOW_S3_ENDPOINT_URL"])
-    monkeypatch.setenv("METAFLOW_DEFAULT_DATASTORE", "s3")
-    monkeypatch.setenv("METAFLOW_DATASTORE_SYSROOT_S3", f"{s3_bucket}/metaflow")
-    return s3_bucket
 
 
 def flow(*words, cwd, timeout=60):
