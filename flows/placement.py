@@ -17,8 +17,8 @@ S3_BOUNDS = {
     "METAFLOW_S3_TRANSIENT_RETRY_COUNT": "6",
     "METAFLOW_S3_CLIENT_RETRY_CONFIG": json.dumps({"total_max_attempts": 2, "mode": "standard"}),
 }
-"""What every task's Metaflow gets where nobody has set it. Its own 20 repetitions pause for 80 minutes on one key, while
-GPUs are held; six pause for two. posttrain's own files have a budget of their own (posttrain/s3.py)."""
+"""What every task's Metaflow gets where nobody has set it. Its own 20 repetitions pause for 80 minutes on one key,
+while GPUs are held; six pause for two. posttrain's own files have a budget of their own (posttrain/s3.py)."""
 
 
 class on_hardware(FlowMutator):  # noqa: N801  (a decorator, named like Metaflow's own)

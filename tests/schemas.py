@@ -1,7 +1,7 @@
 """Are objects for Kubernetes what Argo Workflows, Argo Events and JobSet define, field by field?
 
-The models are those that hera and kubeflow-trainer-api generate from the projects' own definitions. A field that a model
-does not know is lost when the object is read and written again; a server would drop it as silently.
+The models are those that hera and kubeflow-trainer-api generate from the projects' own definitions. A field that a
+model does not know is lost when the object is read and written again; a server would drop it as silently.
 """
 
 import re

@@ -7,7 +7,6 @@ from pydantic import Field, JsonValue
 
 from posttrain.config_section import Section
 
-
 Decorator = Literal["kubernetes", "batch", "environment", "secrets", "retry", "timeout"]
 """Of Metaflow; @resources is written from the keys of `parallel`."""
 
