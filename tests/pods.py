@@ -19,16 +19,18 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
-HIDE_CHECKOUT = f"""import sys
-sys.path[:] = [p for p in sys.path if p not in {[str(ROOT), str(ROOT / "lib")]}]
+HIDE_CHECKOUTS = """import os, sys
+kept = [p for p in sys.path if not any(os.path.isfile(os.path.join(q, "pyproject.toml")) for q in (p, os.path.dirname(p)))]
+sys.path[:] = kept
 """
+"""For sitecustomize.py: no folder of a checkout, nor its lib, is on the path, however posttrain was installed."""
 
 
 def image(folder: Path) -> dict[str, str]:
     """Environment of a container whose Python has every dependency of posttrain, and not posttrain."""
     site = folder / "image"
     site.mkdir(parents=True, exist_ok=True)
-    (site / "sitecustomize.py").write_text(HIDE_CHECKOUT)
+    (site / "sitecustomize.py").write_text(HIDE_CHECKOUTS)
     keep = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     return {

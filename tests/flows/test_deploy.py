@@ -14,6 +14,7 @@ import yaml
 
 from argo import broken_references, embedded_manifest, without_nulls
 from pods import ROOT, batch_that_runs, container_of, fake_kubernetes, gpus, image, make_batch_queue, requirements
+from posttrain.config_file import load_config
 from posttrain.data import sort_digits
 
 FLOW = ROOT / "flows" / "grpo_flow.py"
@@ -88,6 +89,32 @@ def test_package_holds_steps_library_templates_and_flows(package):
         assert (package / ".mf_code" / inside).read_bytes() == source.read_bytes()
     for name in ("base.py", "placement.py", "grpo_flow.py"):
         assert (package / name).is_file()
+
+
+def test_package_holds_nothing_else(package):
+    shipped = [p.relative_to(package) for p in package.rglob("*") if p.is_file()]
+    ours = [p for p in shipped if p.parts[:2] != (".mf_code", "metaflow")]
+    flows = {p.name for p in (ROOT / "flows").glob("*.py")}
+    assert {p.parts[0] for p in ours} - flows == {".mf_code", ".mf_meta", ".mf_install"}
+    assert {p.parts[1] for p in ours if p.parts[0] == ".mf_code"} == {"posttrain", "steps", "placement.py"}
+    assert {p.suffix for p in ours if p.parts[0] not in (".mf_meta", ".mf_install")} == {".py", ".jinja", ".typed"}
+
+
+def test_a_step_runs_from_the_package_alone(package, home):
+    config = load_config((ROOT / "configs" / "sft_tiny.yaml").read_text()).model_dump(mode="json")
+    (home / "prepare.json").write_text(json.dumps({"config": config, "root": str(home / "run")}))
+    bare = image(home)
+    done = subprocess.run(
+        [sys.executable, "-m", "steps.prepare", str(home / "prepare.json")],
+        cwd="/",
+        env=bare | {"PYTHONPATH": f"{package / '.mf_code'}:{bare['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert made["parts"] and (Path(made["model"]["uri"]) / "config.json").is_file()
 
 
 def test_package_is_enough_to_import_everything(package, home):
@@ -225,9 +252,11 @@ def test_with_kubernetes_runs_cpu_steps_in_pods_and_asks_for_a_gang(small_run, c
         pod = job["template"]["spec"]["template"]["spec"]
         wants = {"image": "posttrain:test", "gpus_per_node": 1, "cpus_per_node": 4, "memory_gib": 16}
         assert_trains(pod["containers"][0], pod["volumes"], wants)
+        assert_bounds_s3(pod["containers"][0]["env"])
     for job in step_of.values():
         container = container_of(job)
         assert (job["status"]["succeeded"], container["image"]) == (1, "posttrain:test")
+        assert_bounds_s3(container["env"])
         assert_downloads_code(container["command"], cloud)
     assert run.returncode != 0, "the gang was refused"
 
@@ -254,6 +283,7 @@ def test_with_batch_runs_cpu_steps_in_jobs_and_asks_for_gpus(small_run, cloud, h
         assert request["jobQueue"] == "gpus"
         assert request["timeout"] == {"attemptDurationSeconds": FIVE_DAYS}
         assert_downloads_code(request["containerOverrides"]["command"], cloud)
+        assert_bounds_s3(request["containerOverrides"]["environment"])
     assert [requirements(r) for r in submitted[:5]] == [{"VCPU": 2, "MEMORY": 8192}] * 5
     assert requirements(submitted[-1]) == {"VCPU": 4, "MEMORY": 16384, "GPU": 1}
     arn = submitted[-1]["jobDefinition"]
@@ -267,3 +297,10 @@ def assert_downloads_code(command, bucket):
     """A container's command fetches the code package from the datastore and puts it on the path."""
     assert f'download_file("{bucket.removeprefix("s3://")}", "metaflow/GRPOFlow/' in command[-1]
     assert "export PYTHONPATH=$(pwd)/.mf_code" in command[-1]
+
+
+def assert_bounds_s3(variables):
+    """A container's Metaflow gives a key of its own up after minutes; test_s3_bounds.py shows how many."""
+    given = {each["name"]: each.get("value") for each in variables}
+    assert {given["METAFLOW_S3_RETRY_COUNT"], given["METAFLOW_S3_TRANSIENT_RETRY_COUNT"]} == {"6"}
+    assert json.loads(given["METAFLOW_S3_CLIENT_RETRY_CONFIG"])["total_max_attempts"] == 2

@@ -36,6 +36,7 @@ def test_what_starts_a_flow_by_itself_is_valid(cloud, home, monkeypatch, flow):
         assert problems(manifest) == []
 
 
+@pytest.mark.slow
 def test_argo_4_would_not_take_the_schedule_that_metaflow_writes_unasked(cloud, home, monkeypatch):
     cron = next(m for m in create(SCHEDULED[0], home, monkeypatch) if m["kind"] == "CronWorkflow")
     assert problems(cron) == ["CronWorkflow.spec.schedules: Field required"]
