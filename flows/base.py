@@ -32,6 +32,7 @@ from posttrain.errors import (
 )
 from posttrain.overrides import metaflow_arguments
 from posttrain.workflow.stopping import EXIT_CODE
+from spot import heeding_spot_notices
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -224,12 +225,14 @@ class PostTrainFlow(FlowSpec):
         cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, view=SFT)] if plan else []
         uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
         uris["teacher_uri"] = self.teacher_uri
-        self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
+        with heeding_spot_notices():
+            self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
         self.nodes = "one" if self.cfg.parallel.nodes == 1 else "many"
 
     def train_here(self):
         """Run the flow's training program on this node, or lend the node to it."""
-        result = self.run_training()
+        with heeding_spot_notices():
+            result = self.run_training()
         if result is not None:
             self.trained = result
 

@@ -20,8 +20,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 HIDE_CHECKOUTS = """import os, sys
-kept = [p for p in sys.path if not any(os.path.isfile(os.path.join(q, "pyproject.toml")) for q in (p, os.path.dirname(p)))]
-sys.path[:] = kept
+def checkout(path):
+    return any(os.path.isfile(os.path.join(p, "pyproject.toml")) for p in (path, os.path.dirname(path)))
+sys.path[:] = [path for path in sys.path if not checkout(path)]
 """
 """For sitecustomize.py: no folder of a checkout, nor its lib, is on the path, however posttrain was installed."""
 
