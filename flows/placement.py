@@ -4,6 +4,7 @@ import json
 import os
 
 from metaflow import FlowMutator
+from metaflow.exception import MetaflowException
 from metaflow.metaflow_config_funcs import config_values
 
 TRAINING = ("warmup", "teach", "train", "train_nodes", "evaluate")
@@ -21,6 +22,12 @@ S3_BOUNDS = {
 while GPUs are held; six pause for two. posttrain's own files have a budget of their own (posttrain/s3.py)."""
 
 
+class NoSuchArgument(MetaflowException):
+    """`parallel.decorators` names an argument that Metaflow's decorator does not have."""
+
+    headline = "posttrain refused to run"
+
+
 class on_hardware(FlowMutator):  # noqa: N801  (a decorator, named like Metaflow's own)
     """Turn `parallel` into @resources, @environment, what it says in `decorators` and, off the laptop, @kubernetes or
     @batch."""
@@ -31,7 +38,11 @@ class on_hardware(FlowMutator):  # noqa: N801  (a decorator, named like Metaflow
             idle = {"warmup": config["warmup"] is None, "teach": not config["method"].get("top_k")}
             trains = name in TRAINING and not idle.get(name, False)
             for kind, arguments in _decorators(config["parallel"], training=trains).items():
-                step.add_decorator(kind, deco_kwargs=arguments, duplicates=step.OVERRIDE)
+                added = step.add_decorator(kind, deco_kwargs=arguments, duplicates=step.OVERRIDE)
+                if unknown := sorted(arguments.keys() - added.defaults.keys()):  # Metaflow would not look at them
+                    raise NoSuchArgument(
+                        f"parallel.decorators: {kind} has no {', '.join(unknown)}; known: {', '.join(added.defaults)}"
+                    )
 
 
 def where_it_runs() -> dict:

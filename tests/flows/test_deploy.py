@@ -70,6 +70,14 @@ def test_a_kubernetes_config_on_a_local_datastore_is_refused_with_the_fix(home):
     assert "--datastore=s3" in refused.stdout + refused.stderr
 
 
+def test_an_argument_that_metaflow_does_not_know_is_refused_with_those_that_it_does(home):
+    typo = {"training": {"timeout": {"hour": 3}}}
+    refused = flow(*values(f"parallel.decorators={json.dumps(typo)}"), "show", cwd=home)
+    assert refused.returncode != 0
+    said = refused.stdout + refused.stderr
+    assert "timeout has no hour; known: seconds, minutes, hours" in " ".join(said.split()) and "Traceback" not in said
+
+
 # The code package
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from argo import broken_references, embedded_manifest
-from deploy import FLOWS, GOLDEN, ON_SPOT, comparable, printed, workflow_template
+from deploy import FLOWS, GOLDEN, ON_SPOT, ROOT, comparable, printed, workflow_template
 from pods import fake_kubernetes
 from schemas import problems
 
@@ -93,6 +93,24 @@ def test_what_the_config_says_of_training_steps_reaches_them_alone(cloud, home):
         assert not steps[name]["nodeSelector"] and "tolerations" not in steps[name], f"{name} waits for a spot GPU"
         assert steps[name]["container"]["envFrom"] == [{"secretRef": {"name": "posttrain"}}]
     assert all(pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "posttrain"}}] for pod in pods)
+
+
+@pytest.mark.parametrize("backend", ["kubernetes", "batch"])
+def test_metaflow_takes_the_example_of_the_operations_page(cloud, home, backend):
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (example,) = re.findall(r"^    parallel:\n(?:     .*\n)+", page, re.M)
+    document = yaml.safe_load(example) | {"base": str(ROOT / "configs" / "grpo_cluster.yaml")}
+    document["parallel"] |= {"backend": backend, "queue": "cpus", "data": 4, "gpus_per_node": 8}
+    config = home / "config.yaml"
+    config.write_text(yaml.safe_dump(document))
+    flow = ROOT / "flows" / "grpo_flow.py"
+    if backend == "kubernetes":
+        template = json.loads(printed(flow, ["--config", str(config), "argo-workflows", "create", "--only-json"], home))
+        train = next(t for t in template["spec"]["templates"] if t["name"] == "train")
+        assert problems(template) == []
+        assert train["container"]["resources"]["limits"] == {"nvidia.com/gpu": "8", "vpc.amazonaws.com/efa": "32"}
+    else:
+        assert "@batch" in printed(flow, ["--config", str(config), "show"], home)
 
 
 def test_every_step_on_a_cluster_has_bounded_s3_retries(cloud, home, monkeypatch):
