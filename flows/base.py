@@ -17,7 +17,7 @@ from metaflow.util import get_username
 
 import posttrain  # noqa: F401  (imported here so that the code package carries it)
 import steps  # noqa: F401
-from placement import on_hardware, where_it_runs
+from placement import on_hardware, refuse_gang_of_small_ids, where_it_runs
 from posttrain.config import RunConfig
 from posttrain.config_file import load_config
 from posttrain.errors import (
@@ -92,6 +92,7 @@ class PostTrainFlow(FlowSpec):
         """Refuse what cannot work before anything is paid for; decide where the run's files go."""
         from steps.plan import plan
 
+        refuse_gang_of_small_ids(self.cfg.parallel.backend, self.cfg.parallel.nodes)
         found = refusing(plan, self.cfg, flow=current.flow_name, run_id=current.run_id)
         self.root, self.provenance = found["root"], found["provenance"]
         self.next(self.prepare)

@@ -3,7 +3,7 @@
 import json
 import os
 
-from metaflow import FlowMutator
+from metaflow import FlowMutator, current
 from metaflow.exception import MetaflowException
 from metaflow.metaflow_config_funcs import config_values
 
@@ -12,6 +12,9 @@ TRAINING = ("warmup", "teach", "train", "train_nodes", "evaluate")
 
 BACKENDS = {"kubernetes": "kubernetes", "aws-batch": "batch"}
 """What Metaflow calls the place in a task's environment -> what the config calls it."""
+
+LONG_ID = 6
+"""Digits that stand nowhere else in a container's command."""
 
 S3_BOUNDS = {
     "METAFLOW_S3_RETRY_COUNT": "6",
@@ -22,8 +25,8 @@ S3_BOUNDS = {
 while GPUs are held; six pause for two. posttrain's own files have a budget of their own (posttrain/s3.py)."""
 
 
-class NoSuchArgument(MetaflowException):
-    """`parallel.decorators` names an argument that Metaflow's decorator does not have."""
+class CannotPlace(MetaflowException):
+    """Where the config wants steps is no place for them."""
 
     headline = "posttrain refused to run"
 
@@ -40,7 +43,7 @@ class on_hardware(FlowMutator):  # noqa: N801  (a decorator, named like Metaflow
             for kind, arguments in _decorators(config["parallel"], training=trains).items():
                 added = step.add_decorator(kind, deco_kwargs=arguments, duplicates=step.OVERRIDE)
                 if unknown := sorted(arguments.keys() - added.defaults.keys()):  # Metaflow would not look at them
-                    raise NoSuchArgument(
+                    raise CannotPlace(
                         f"parallel.decorators: {kind} has no {', '.join(unknown)}; known: {', '.join(added.defaults)}"
                     )
 
@@ -53,6 +56,16 @@ def where_it_runs() -> dict:
         return {}
     queue = os.environ.get("AWS_BATCH_JQ_NAME")  # AWS Batch sets it in every container
     return {"backend": backend, **({"queue": queue} if queue else {})}
+
+
+def refuse_gang_of_small_ids(backend: str, nodes: int) -> None:
+    """Metaflow makes the workers' command on AWS Batch by replacing the task's id wherever it stands as text (2.19.39):
+    a small number stands in many places, the shell fails, and node 0 would wait with its GPUs."""
+    if backend == "batch" and nodes > 1 and len(current.task_id) < LONG_ID:
+        raise CannotPlace(
+            f"parallel.nodes = {nodes} on AWS Batch with task ids as small as {current.task_id}: Metaflow would break "
+            "the command of all nodes but the first. Use a metadata service whose sequence of tasks starts at a million"
+        )
 
 
 def _decorators(wants: dict, *, training: bool) -> dict[str, dict]:

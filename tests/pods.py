@@ -156,18 +156,27 @@ def gpus(container: dict) -> int:
 
 @contextmanager
 def batch_that_runs(folder: Path):
-    """Make moto's AWS Batch run the jobs it accepts; yields the submitted requests, in order."""
+    """Make moto's AWS Batch run the jobs it accepts; yields the submitted requests, in order, each with the definition
+    that was registered for it (moto itself forgets the nodes of a multi-node job)."""
     from moto.batch.exceptions import ClientException
     from moto.batch.responses import BatchResponse
     from moto.batch_simple.models import BatchSimpleBackend
     from moto.core.config import default_user_config
 
     submitted: list[dict] = []
-    submit, finish = BatchResponse.submitjob, BatchSimpleBackend._mark_job_as_finished
+    definitions: dict[str, dict] = {}
+    register, submit = BatchResponse.registerjobdefinition, BatchResponse.submitjob
+    finish = BatchSimpleBackend._mark_job_as_finished
+
+    def registerjobdefinition(response):
+        request = json.loads(response.body)
+        definitions[request["jobDefinitionName"]] = request
+        return register(response)
 
     def submitjob(response):
         request = json.loads(response.body)
-        submitted.append(request)
+        name = request["jobDefinition"].rpartition("/")[2].partition(":")[0]
+        submitted.append(request | {"definition": definitions[name]})
         if "GPU" in requirements(request):
             raise ClientException("recorded; nothing here has a GPU")
         return submit(response)
@@ -190,11 +199,13 @@ def batch_that_runs(folder: Path):
 
     before = default_user_config["batch"]
     default_user_config["batch"] = {"use_docker": False}
-    BatchResponse.submitjob, BatchSimpleBackend._mark_job_as_finished = submitjob, start
+    BatchResponse.registerjobdefinition, BatchResponse.submitjob = registerjobdefinition, submitjob
+    BatchSimpleBackend._mark_job_as_finished = start
     try:
         yield submitted
     finally:
-        BatchResponse.submitjob, BatchSimpleBackend._mark_job_as_finished = submit, finish
+        BatchResponse.registerjobdefinition, BatchResponse.submitjob = register, submit
+        BatchSimpleBackend._mark_job_as_finished = finish
         default_user_config["batch"] = before
 
 
@@ -225,5 +236,14 @@ def make_batch_queue(name: str) -> str:
 
 
 def requirements(request: dict) -> dict[str, int]:
-    """VCPU, MEMORY (MiB) and, if any, GPU of a submitted Batch job."""
-    return {r["type"]: int(r["value"]) for r in request["containerOverrides"]["resourceRequirements"]}
+    """VCPU, MEMORY (MiB) and, if any, GPU of a submitted Batch job, or of the main node of a multi-node one."""
+    (_, first), *_ = overrides(request)
+    return {r["type"]: int(r["value"]) for r in first["resourceRequirements"]}
+
+
+def overrides(request: dict) -> list[tuple[str, dict]]:
+    """Nodes ("0:0", "1:3") and what a submitted Batch job says of their containers; "" where there is one container."""
+    if "containerOverrides" in request:
+        return [("", request["containerOverrides"])]
+    nodes = request["nodeOverrides"]["nodePropertyOverrides"]
+    return [(each["targetNodes"], each["containerOverrides"]) for each in nodes]

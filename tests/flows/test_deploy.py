@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,7 +14,17 @@ import pytest
 import yaml
 
 from argo import broken_references, embedded_manifest, without_nulls
-from pods import ROOT, batch_that_runs, container_of, fake_kubernetes, gpus, image, make_batch_queue, requirements
+from pods import (
+    ROOT,
+    batch_that_runs,
+    container_of,
+    fake_kubernetes,
+    gpus,
+    image,
+    make_batch_queue,
+    overrides,
+    requirements,
+)
 from posttrain.config_file import load_config
 from posttrain.data import sort_digits
 
@@ -296,11 +307,60 @@ def test_with_batch_runs_cpu_steps_in_jobs_and_asks_for_gpus(small_run, cloud, h
         assert_bounds_s3(request["containerOverrides"]["environment"])
     assert [requirements(r) for r in submitted[:5]] == [{"VCPU": 2, "MEMORY": 8192}] * 5
     assert requirements(submitted[-1]) == {"VCPU": 4, "MEMORY": 16384, "GPU": 1}
-    arn = submitted[-1]["jobDefinition"]
-    definition = boto3.client("batch").describe_job_definitions(jobDefinitions=[arn])["jobDefinitions"][0]
-    assert definition["containerProperties"]["image"] == "posttrain:test"
-    assert definition["containerProperties"]["linuxParameters"]["sharedMemorySize"] == 8192
+    container = submitted[-1]["definition"]["containerProperties"]
+    assert (container["image"], container["linuxParameters"]["sharedMemorySize"]) == ("posttrain:test", 8192)
     assert run.returncode != 0, "the GPU job was refused"
+
+
+@pytest.mark.slow
+def test_several_nodes_on_batch_are_one_multi_node_job_in_the_queue_of_training(cloud, home, monkeypatch):
+    monkeypatch.setenv("METAFLOW_ECS_S3_ACCESS_IAM_ROLE", make_batch_queue("cheap"))
+    make_batch_queue("fast")
+    wants = {"backend": "batch", "queue": "cheap", "image": "posttrain:test", "nodes": 4, "data": 2, "gpus_per_node": 1}
+    wants |= {"cpus_per_node": 4, "memory_gib": 16}
+    wants["decorators"] = {"training": {"batch": {"queue": "fast", "efa": 2}, "timeout": {"hours": 24}}}
+    pairs = [f"parallel.{key}={json.dumps(value)}" for key, value in wants.items()]
+    shutil.copytree(ROOT / "flows", home / "flows")
+    shutil.copy(Path(__file__).parent / "gang_flow.py", home / "flows")
+    (home / "configs").symlink_to(ROOT / "configs")
+    with batch_that_runs(home) as submitted:
+        words = [
+            sys.executable,
+            str(home / "flows" / "gang_flow.py"),
+            "run",
+            *values(*pairs, f"checkpoint.root={cloud}/runs"),
+        ]
+        run = subprocess.run(words, cwd=home, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode != 0, "the GPU job was refused"
+    assert [request["jobQueue"] for request in submitted] == ["cheap", "fast"], run.stdout + run.stderr
+    start, gang = submitted
+    assert (requirements(start), start["timeout"]) == (
+        {"VCPU": 2, "MEMORY": 8192},
+        {"attemptDurationSeconds": FIVE_DAYS},
+    )
+    assert gang["timeout"] == {"attemptDurationSeconds": 24 * 3600}
+    nodes = gang["definition"]["nodeProperties"]
+    assert (gang["definition"]["type"], nodes["numNodes"], nodes["mainNode"]) == ("multinode", 4, 0)
+    assert [group["targetNodes"] for group in nodes["nodeRangeProperties"]] == ["0:0", "1:3"]
+    for group in nodes["nodeRangeProperties"]:
+        container = group["container"]
+        assert (container["image"], container["linuxParameters"]["sharedMemorySize"]) == ("posttrain:test", 8192)
+        assert [each["hostPath"][-8:] for each in container["linuxParameters"]["devices"]] == ["/uverbs0", "/uverbs1"]
+    assert [where for where, _ in overrides(gang)] == ["0:0", "1:3"]
+    for _, container in overrides(gang):
+        asks = {each["type"]: int(each["value"]) for each in container["resourceRequirements"]}
+        assert asks == {"VCPU": 4, "MEMORY": 16384, "GPU": 1}
+        assert_bounds_s3(container["environment"])
+
+
+@pytest.mark.slow
+def test_several_nodes_on_batch_are_refused_where_metaflow_would_break_their_command(cloud, home, monkeypatch):
+    monkeypatch.setenv("METAFLOW_ECS_S3_ACCESS_IAM_ROLE", make_batch_queue("refusing"))
+    changes = values(*SMALL, "parallel.nodes=2", f"checkpoint.root={cloud}/runs")
+    with batch_that_runs(home) as submitted:
+        run = flow("run", "--with", "batch:queue=refusing,image=posttrain:test", *changes, cwd=home, timeout=120)
+    assert run.returncode != 0 and len(submitted) == 1
+    assert "Use a metadata service" in run.stdout + run.stderr
 
 
 def assert_downloads_code(command, bucket):
