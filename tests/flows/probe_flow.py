@@ -1,6 +1,7 @@
-"""A flow whose one task tells how Metaflow's own S3 store is set up in it."""
+"""A flow whose one task tells what its environment is: how Metaflow's own S3 store is set up, and a variable."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class ProbeFlow(FlowSpec):
         from metaflow import metaflow_config
 
         names = ("S3_RETRY_COUNT", "S3_TRANSIENT_RETRY_COUNT", "S3_CLIENT_RETRY_CONFIG")
-        print("PROBE", json.dumps({name: getattr(metaflow_config, name) for name in names}))
+        told = {name: getattr(metaflow_config, name) for name in names}
+        print("PROBE", json.dumps(told | {"POSTTRAIN_PROBE": os.environ.get("POSTTRAIN_PROBE")}))
         self.next(self.end)
 
     @step

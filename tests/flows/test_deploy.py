@@ -370,7 +370,7 @@ def assert_downloads_code(command, bucket):
 
 
 def assert_bounds_s3(variables):
-    """A container's Metaflow gives a key of its own up after minutes; test_s3_bounds.py shows how many."""
+    """A container's Metaflow gives a key of its own up after minutes; test_task_environment.py shows how many."""
     given = {each["name"]: each.get("value") for each in variables}
     assert {given["METAFLOW_S3_RETRY_COUNT"], given["METAFLOW_S3_TRANSIENT_RETRY_COUNT"]} == {"6"}
     assert json.loads(given["METAFLOW_S3_CLIENT_RETRY_CONFIG"])["total_max_attempts"] == 2

@@ -1,4 +1,5 @@
-"""Metaflow's own store (artifacts, logs, cards) gives up within minutes while a task may hold GPUs."""
+"""A task's environment: Metaflow's own store gives up within minutes while GPUs may be held, and what the config hands
+on is there."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import pytest
 
 from deploy import ROOT, printed
@@ -32,20 +34,33 @@ except MetaflowS3Exception as error:
 """Metaflow reads a key; its pauses are added up and not waited for."""
 
 
-def probed(home) -> dict:
-    text = printed(PROBE, ["run"], home)
+def probed(home, *words: str) -> dict:
+    """What the probe's task says of its environment."""
+    text = printed(PROBE, [*words, "run"], home)
     return json.loads(text[text.index("PROBE ") + 6 :].splitlines()[0])
 
 
 def test_a_task_on_this_machine_is_bounded(home):
-    assert probed(home) == BOUNDS
+    assert probed(home) == BOUNDS | {"POSTTRAIN_PROBE": None}
 
 
 def test_what_a_person_has_set_holds(home, monkeypatch):
     monkeypatch.setenv("METAFLOW_S3_TRANSIENT_RETRY_COUNT", "12")
     (home / "home").mkdir()
     (home / "home" / "config.json").write_text(json.dumps({"METAFLOW_S3_RETRY_COUNT": "2"}))
-    assert probed(home) == BOUNDS | {"S3_RETRY_COUNT": 2, "S3_TRANSIENT_RETRY_COUNT": 12}
+    found = probed(home)
+    assert (found["S3_RETRY_COUNT"], found["S3_TRANSIENT_RETRY_COUNT"]) == (2, 12)
+
+
+@pytest.mark.slow
+def test_variables_and_secrets_of_the_config_are_in_a_tasks_environment(cloud, home):
+    boto3.client("secretsmanager").create_secret(Name="posttrain", SecretString='{"POSTTRAIN_PROBE": "from a secret"}')
+    for decorators, value in (
+        ({"all": {"secrets": {"sources": ["aws-secrets-manager.posttrain"]}}}, "from a secret"),
+        ({"all": {"environment": {"vars": {"POSTTRAIN_PROBE": "plain"}}}}, "plain"),
+    ):
+        found = probed(home, "--config-value", f"parallel.decorators={json.dumps(decorators)}")
+        assert found == BOUNDS | {"POSTTRAIN_PROBE": value}
 
 
 def pauses(bucket: str, bounds: dict[str, str]) -> float:
