@@ -17,7 +17,7 @@ from metaflow.util import get_username
 
 import posttrain  # noqa: F401  (imported here so that the code package carries it)
 import steps  # noqa: F401
-from placement import on_hardware, where_it_runs
+from placement import on_hardware, refuse_gang_of_small_ids, where_it_runs
 from posttrain.config import RunConfig
 from posttrain.config_file import TypedConfig, load_config
 from posttrain.errors import (
@@ -32,6 +32,7 @@ from posttrain.errors import (
 )
 from posttrain.overrides import metaflow_arguments
 from posttrain.workflow.stopping import EXIT_CODE
+from spot import heeding_spot_notices
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -208,6 +209,7 @@ class PostTrainFlow(FlowSpec):
         """The program of the step `start`."""
         from steps.plan import plan
 
+        refuse_gang_of_small_ids(self.cfg.parallel.backend, self.cfg.parallel.nodes)
         found = refusing(plan, self.cfg, flow=current.flow_name, run_id=current.run_id)
         self.root, self.provenance = found["root"], found["provenance"]
 
@@ -216,17 +218,22 @@ class PostTrainFlow(FlowSpec):
         from posttrain.workflow.card import SFT, TrainingCard
         from steps.train import train
 
-        plan = self.cfg.warmup
         facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.ranks} ranks", f"run {current.run_id}"]
-        cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, view=SFT)] if plan else []
+        cards = (
+            [TrainingCard("Warm-up: SFT", facts, num_steps=self.cfg.warmup.num_steps, view=SFT)]
+            if self.cfg.warmup
+            else []
+        )
         uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
         uris["teacher_uri"] = self.teacher_uri
-        self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
+        with heeding_spot_notices():
+            self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
         self.nodes = "one" if self.cfg.parallel.nodes == 1 else "many"
 
     def train_here(self):
         """Run the flow's training program on this node, or lend the node to it."""
-        result = self.run_training()
+        with heeding_spot_notices():
+            result = self.run_training()
         if result is not None:
             self.trained = result
 

@@ -19,16 +19,19 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
-HIDE_CHECKOUT = f"""import sys
-sys.path[:] = [p for p in sys.path if p not in {[str(ROOT), str(ROOT / "lib")]}]
+HIDE_CHECKOUTS = """import os, sys
+def checkout(path):
+    return any(os.path.isfile(os.path.join(p, "pyproject.toml")) for p in (path, os.path.dirname(path)))
+sys.path[:] = [path for path in sys.path if not checkout(path)]
 """
+"""For sitecustomize.py: no folder of a checkout, nor its lib, is on the path, however posttrain was installed."""
 
 
 def image(folder: Path) -> dict[str, str]:
     """Environment of a container whose Python has every dependency of posttrain, and not posttrain."""
     site = folder / "image"
     site.mkdir(parents=True, exist_ok=True)
-    (site / "sitecustomize.py").write_text(HIDE_CHECKOUT)
+    (site / "sitecustomize.py").write_text(HIDE_CHECKOUTS)
     keep = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     return {
@@ -49,13 +52,20 @@ def run_container(folder: Path, command: list[str], environment: dict[str, str])
         return subprocess.run(command, cwd=work, env=env, stdout=log, stderr=log, timeout=180, check=False).returncode
 
 
+ARGO = "/apis/argoproj.io/"
+
+
 class FakeKubernetes(BaseHTTPRequestHandler):
-    """The five requests that Metaflow makes, answered from `server.objects`, manifests by name."""
+    """The requests that Metaflow makes, answered from `server.objects`: jobs by name, Argo's objects by plural/name."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
         manifest = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if ARGO in self.path:
+            plural = self.path.partition("?")[0].rpartition("/")[2]
+            self.server.objects[f"{plural}/{manifest['metadata']['name']}"] = manifest
+            return self.answer(201, manifest)
         name = manifest["metadata"].setdefault("name", f"job-{len(self.server.objects)}")
         manifest["metadata"]["namespace"] = "default"
         self.server.objects[name] = manifest
@@ -73,6 +83,9 @@ class FakeKubernetes(BaseHTTPRequestHandler):
         if path.endswith("/pods"):
             name = query.rpartition("job-name")[2].removeprefix("%3D").removeprefix("=")
             return self.answer(200, {"items": [self.pod(self.server.objects[name])]})
+        if ARGO in path:
+            kept = self.server.objects.get("/".join(path.split("/")[-2:]))
+            return self.answer(200, kept) if kept else self.answer(404, {"message": "not found"})
         return self.answer(200, self.server.objects[path.rpartition("/")[2]])
 
     def pod(self, job):
@@ -143,18 +156,27 @@ def gpus(container: dict) -> int:
 
 @contextmanager
 def batch_that_runs(folder: Path):
-    """Make moto's AWS Batch run the jobs it accepts; yields the submitted requests, in order."""
+    """Make moto's AWS Batch run the jobs it accepts; yields the submitted requests, in order, each with the definition
+    that was registered for it (moto itself forgets the nodes of a multi-node job)."""
     from moto.batch.exceptions import ClientException
     from moto.batch.responses import BatchResponse
     from moto.batch_simple.models import BatchSimpleBackend
     from moto.core.config import default_user_config
 
     submitted: list[dict] = []
-    submit, finish = BatchResponse.submitjob, BatchSimpleBackend._mark_job_as_finished
+    definitions: dict[str, dict] = {}
+    register, submit = BatchResponse.registerjobdefinition, BatchResponse.submitjob
+    finish = BatchSimpleBackend._mark_job_as_finished
+
+    def registerjobdefinition(response):
+        request = json.loads(response.body)
+        definitions[request["jobDefinitionName"]] = request
+        return register(response)
 
     def submitjob(response):
         request = json.loads(response.body)
-        submitted.append(request)
+        name = request["jobDefinition"].rpartition("/")[2].partition(":")[0]
+        submitted.append(request | {"definition": definitions[name]})
         if "GPU" in requirements(request):
             raise ClientException("recorded; nothing here has a GPU")
         return submit(response)
@@ -177,11 +199,13 @@ def batch_that_runs(folder: Path):
 
     before = default_user_config["batch"]
     default_user_config["batch"] = {"use_docker": False}
-    BatchResponse.submitjob, BatchSimpleBackend._mark_job_as_finished = submitjob, start
+    BatchResponse.registerjobdefinition, BatchResponse.submitjob = registerjobdefinition, submitjob
+    BatchSimpleBackend._mark_job_as_finished = start
     try:
         yield submitted
     finally:
-        BatchResponse.submitjob, BatchSimpleBackend._mark_job_as_finished = submit, finish
+        BatchResponse.registerjobdefinition, BatchResponse.submitjob = register, submit
+        BatchSimpleBackend._mark_job_as_finished = finish
         default_user_config["batch"] = before
 
 
@@ -212,5 +236,14 @@ def make_batch_queue(name: str) -> str:
 
 
 def requirements(request: dict) -> dict[str, int]:
-    """VCPU, MEMORY (MiB) and, if any, GPU of a submitted Batch job."""
-    return {r["type"]: int(r["value"]) for r in request["containerOverrides"]["resourceRequirements"]}
+    """VCPU, MEMORY (MiB) and, if any, GPU of a submitted Batch job, or of the main node of a multi-node one."""
+    (_, first), *_ = overrides(request)
+    return {r["type"]: int(r["value"]) for r in first["resourceRequirements"]}
+
+
+def overrides(request: dict) -> list[tuple[str, dict]]:
+    """Nodes ("0:0", "1:3") and what a submitted Batch job says of their containers; "" where there is one container."""
+    if "containerOverrides" in request:
+        return [("", request["containerOverrides"])]
+    nodes = request["nodeOverrides"]["nodePropertyOverrides"]
+    return [(each["targetNodes"], each["containerOverrides"]) for each in nodes]

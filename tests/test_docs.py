@@ -91,3 +91,13 @@ def test_config_keys_shown_exist(page: Path):
     for key in re.findall(r"`([a-z]+(?:\.[a-z_]+)+)`", page.read_text()):
         if key.split(".")[0] in heads and not key.endswith((".py", ".yaml", ".md", ".json")):
             assert key in known, f"{page.name}: `{key}` is no config key"
+
+
+def test_metaflow_knows_the_settings_of_the_operations_page():
+    import metaflow
+
+    page = (ROOT / "docs" / "operations.md").read_text()
+    sources = "\n".join(p.read_text() for p in Path(metaflow.__file__).parent.rglob("*.py"))
+    known = set(re.findall(r"from_conf\(\s*\"(\w+)\"|METAFLOW_(\w+)", sources))
+    for name in re.findall(r"\bMETAFLOW_(\w+)", page):
+        assert name in {word for pair in known for word in pair}, f"METAFLOW_{name}"

@@ -1,10 +1,20 @@
 """The section `parallel` of a run config: where a run executes, on how much, and how a model is split over it."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from posttrain.config_section import Section
+
+Decorator = Literal["kubernetes", "batch", "environment", "secrets", "retry", "timeout"]
+"""Of Metaflow; @resources is written from the keys of `parallel`."""
+
+MOST_RETRIES = 4
+"""Metaflow counts six attempts: the first, these, and one that it keeps for @catch."""
+
+SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET|KEY|KEY_ID)$")
+"""Ends of names of environment variables that nobody may read in a run's artifacts."""
 
 
 class Parallel(Section):
@@ -35,6 +45,9 @@ class Parallel(Section):
     """Container image with posttrain's dependencies."""
     queue: str | None = None
     """AWS Batch job queue."""
+    decorators: dict[Literal["all", "training"], dict[Decorator, dict[str, JsonValue]]] = Field(default={})
+    """Arguments of Metaflow's decorators on all steps, or on those that take the GPUs, as {training: {timeout: {hours:
+    24}}}; those of kubernetes and batch hold where that is the backend: see docs/operations.md."""
 
     @property
     def gpus(self) -> int:
@@ -85,4 +98,27 @@ class Parallel(Section):
                 f"parallel.expert = {self.expert} does not divide parallel.data = {self.data_ranks}: "
                 "experts are shared among data-parallel ranks"
             )
+        return [*problems, *self._of_decorators()]
+
+    def _of_decorators(self) -> list[str]:
+        """What Metaflow would take, and a run could not live with."""
+        problems = []
+        for steps, decorators in self.decorators.items():
+            where = f"parallel.decorators.{steps}"
+            times = decorators.get("retry", {}).get("times", 0)
+            if not isinstance(times, int) or not 0 <= times <= MOST_RETRIES:
+                problems.append(
+                    f"{where}.retry.times = {times!r}: Metaflow repeats a task at most {MOST_RETRIES} times; "
+                    "after that `resume` goes on from the last checkpoint"
+                )
+            values = decorators.get("environment", {}).get("vars", {})
+            if not isinstance(values, dict):
+                problems.append(f"{where}.environment.vars = {values!r}: write it as {{NAME: value}}")
+                continue
+            problems += [
+                f"{where}.environment.vars.{name}: a config is kept in the run's artifacts, where all can read it; "
+                "give the name of a secret instead, in secrets.sources or kubernetes.secrets"
+                for name in values
+                if SECRET.search(name)
+            ]
         return problems

@@ -2,8 +2,8 @@
 
 import copy
 import json
-import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,7 +14,18 @@ import pytest
 import yaml
 
 from argo import broken_references, embedded_manifest, without_nulls
-from pods import ROOT, batch_that_runs, container_of, fake_kubernetes, gpus, image, make_batch_queue, requirements
+from pods import (
+    ROOT,
+    batch_that_runs,
+    container_of,
+    fake_kubernetes,
+    gpus,
+    image,
+    make_batch_queue,
+    overrides,
+    requirements,
+)
+from posttrain.config_file import load_config
 from posttrain.data import sort_digits
 
 FLOW = ROOT / "flows" / "grpo_flow.py"
@@ -29,33 +40,6 @@ SMALL = [
     "parallel.memory_gib=16",
 ]
 """Changes to the built-in task; without its warm-up the first GPU step is `train`."""
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """Metaflow's files in tmp_path, whatever this machine's own configuration says."""
-    for name in [name for name in os.environ if name.startswith(("METAFLOW_", "AWS_", "KUBE"))]:
-        monkeypatch.delenv(name)
-    settings = {
-        "METAFLOW_HOME": tmp_path / "home",
-        "METAFLOW_USER": "tester",
-        "METAFLOW_DATASTORE_SYSROOT_LOCAL": tmp_path,
-        "METAFLOW_CLIENT_CACHE_PATH": tmp_path / "cache",
-        "METAFLOW_S3_WORKER_COUNT": 2,
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, str(value))
-    return tmp_path
-
-
-@pytest.fixture
-def cloud(home, s3_bucket, monkeypatch):
-    """S3 and AWS Batch behind one address; yields the bucket that is also Metaflow's datastore."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", os.environ["METAFLOW_S3_ENDPOINT_URL"])
-    monkeypatch.setenv("METAFLOW_DEFAULT_DATASTORE", "s3")
-    monkeypatch.setenv("METAFLOW_DATASTORE_SYSROOT_S3", f"{s3_bucket}/metaflow")
-    return s3_bucket
 
 
 def flow(*words, cwd, timeout=60):
@@ -97,6 +81,14 @@ def test_a_kubernetes_config_on_a_local_datastore_is_refused_with_the_fix(home):
     assert "--datastore=s3" in refused.stdout + refused.stderr
 
 
+def test_an_argument_that_metaflow_does_not_know_is_refused_with_those_that_it_does(home):
+    typo = {"training": {"timeout": {"hour": 3}}}
+    refused = flow(*values(f"parallel.decorators={json.dumps(typo)}"), "show", cwd=home)
+    assert refused.returncode != 0
+    said = refused.stdout + refused.stderr
+    assert "timeout has no hour; known: seconds, minutes, hours" in " ".join(said.split()) and "Traceback" not in said
+
+
 # The code package
 
 
@@ -116,6 +108,32 @@ def test_package_holds_steps_library_templates_and_flows(package):
         assert (package / ".mf_code" / inside).read_bytes() == source.read_bytes()
     for name in ("base.py", "placement.py", "grpo_flow.py"):
         assert (package / name).is_file()
+
+
+def test_package_holds_nothing_else(package):
+    shipped = [p.relative_to(package) for p in package.rglob("*") if p.is_file()]
+    ours = [p for p in shipped if p.parts[:2] != (".mf_code", "metaflow")]
+    flows = {p.name for p in (ROOT / "flows").glob("*.py")}
+    assert {p.parts[0] for p in ours} - flows == {".mf_code", ".mf_meta", ".mf_install"}
+    assert {p.parts[1] for p in ours if p.parts[0] == ".mf_code"} == {"posttrain", "steps", "placement.py"}
+    assert {p.suffix for p in ours if p.parts[0] not in (".mf_meta", ".mf_install")} == {".py", ".jinja", ".typed"}
+
+
+def test_a_step_runs_from_the_package_alone(package, home):
+    config = load_config((ROOT / "configs" / "sft_tiny.yaml").read_text()).model_dump(mode="json")
+    (home / "prepare.json").write_text(json.dumps({"config": config, "root": str(home / "run")}))
+    bare = image(home)
+    done = subprocess.run(
+        [sys.executable, "-m", "steps.prepare", str(home / "prepare.json")],
+        cwd="/",
+        env=bare | {"PYTHONPATH": f"{package / '.mf_code'}:{bare['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert made["parts"] and (Path(made["model"]["uri"]) / "config.json").is_file()
 
 
 def test_package_is_enough_to_import_everything(package, home):
@@ -169,13 +187,15 @@ def test_argo_template_of_two_nodes_asks_for_what_the_config_says(cloud, home):
     for node in nodes.values():
         pod = node["template"]["spec"]["template"]["spec"]
         assert_trains(pod["containers"][0], pod["volumes"], wants)
-        assert pod["activeDeadlineSeconds"] == FIVE_DAYS
+        assert pod["activeDeadlineSeconds"] == 48 * 3600
 
 
-def test_argo_limits_every_step_to_five_days_and_retries_the_long_ones(cloud, home):
+def test_argo_limits_every_step_and_retries_the_long_ones(cloud, home):
     templates = {t["name"]: t for t in workflow_template(home)["spec"]["templates"]}
     steps = {name: t for name, t in templates.items() if "activeDeadlineSeconds" in t}
-    assert {t["activeDeadlineSeconds"] for t in steps.values()} == {FIVE_DAYS}  # Metaflow's default: no step sets one
+    for name, template in steps.items():  # five days are Metaflow's default; the config says two for training
+        trains = name in ("train", "evaluate", "train-nodes")
+        assert template["activeDeadlineSeconds"] == (48 * 3600 if trains else FIVE_DAYS), name
     for name in ("warmup", "train", "train-nodes", "evaluate"):
         assert templates[name]["retryStrategy"]["limit"] == 2
 
@@ -253,9 +273,11 @@ def test_with_kubernetes_runs_cpu_steps_in_pods_and_asks_for_a_gang(small_run, c
         pod = job["template"]["spec"]["template"]["spec"]
         wants = {"image": "posttrain:test", "gpus_per_node": 1, "cpus_per_node": 4, "memory_gib": 16}
         assert_trains(pod["containers"][0], pod["volumes"], wants)
+        assert_bounds_s3(pod["containers"][0]["env"])
     for job in step_of.values():
         container = container_of(job)
         assert (job["status"]["succeeded"], container["image"]) == (1, "posttrain:test")
+        assert_bounds_s3(container["env"])
         assert_downloads_code(container["command"], cloud)
     assert run.returncode != 0, "the gang was refused"
 
@@ -282,16 +304,73 @@ def test_with_batch_runs_cpu_steps_in_jobs_and_asks_for_gpus(small_run, cloud, h
         assert request["jobQueue"] == "gpus"
         assert request["timeout"] == {"attemptDurationSeconds": FIVE_DAYS}
         assert_downloads_code(request["containerOverrides"]["command"], cloud)
+        assert_bounds_s3(request["containerOverrides"]["environment"])
     assert [requirements(r) for r in submitted[:5]] == [{"VCPU": 2, "MEMORY": 8192}] * 5
     assert requirements(submitted[-1]) == {"VCPU": 4, "MEMORY": 16384, "GPU": 1}
-    arn = submitted[-1]["jobDefinition"]
-    definition = boto3.client("batch").describe_job_definitions(jobDefinitions=[arn])["jobDefinitions"][0]
-    assert definition["containerProperties"]["image"] == "posttrain:test"
-    assert definition["containerProperties"]["linuxParameters"]["sharedMemorySize"] == 8192
+    container = submitted[-1]["definition"]["containerProperties"]
+    assert (container["image"], container["linuxParameters"]["sharedMemorySize"]) == ("posttrain:test", 8192)
     assert run.returncode != 0, "the GPU job was refused"
+
+
+@pytest.mark.slow
+def test_several_nodes_on_batch_are_one_multi_node_job_in_the_queue_of_training(cloud, home, monkeypatch):
+    monkeypatch.setenv("METAFLOW_ECS_S3_ACCESS_IAM_ROLE", make_batch_queue("cheap"))
+    make_batch_queue("fast")
+    wants = {"backend": "batch", "queue": "cheap", "image": "posttrain:test", "nodes": 4, "data": 2, "gpus_per_node": 1}
+    wants |= {"cpus_per_node": 4, "memory_gib": 16}
+    wants["decorators"] = {"training": {"batch": {"queue": "fast", "efa": 2}, "timeout": {"hours": 24}}}
+    pairs = [f"parallel.{key}={json.dumps(value)}" for key, value in wants.items()]
+    shutil.copytree(ROOT / "flows", home / "flows")
+    shutil.copy(Path(__file__).parent / "gang_flow.py", home / "flows")
+    (home / "configs").symlink_to(ROOT / "configs")
+    with batch_that_runs(home) as submitted:
+        words = [
+            sys.executable,
+            str(home / "flows" / "gang_flow.py"),
+            "run",
+            *values(*pairs, f"checkpoint.root={cloud}/runs"),
+        ]
+        run = subprocess.run(words, cwd=home, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode != 0, "the GPU job was refused"
+    assert [request["jobQueue"] for request in submitted] == ["cheap", "fast"], run.stdout + run.stderr
+    start, gang = submitted
+    assert (requirements(start), start["timeout"]) == (
+        {"VCPU": 2, "MEMORY": 8192},
+        {"attemptDurationSeconds": FIVE_DAYS},
+    )
+    assert gang["timeout"] == {"attemptDurationSeconds": 24 * 3600}
+    nodes = gang["definition"]["nodeProperties"]
+    assert (gang["definition"]["type"], nodes["numNodes"], nodes["mainNode"]) == ("multinode", 4, 0)
+    assert [group["targetNodes"] for group in nodes["nodeRangeProperties"]] == ["0:0", "1:3"]
+    for group in nodes["nodeRangeProperties"]:
+        container = group["container"]
+        assert (container["image"], container["linuxParameters"]["sharedMemorySize"]) == ("posttrain:test", 8192)
+        assert [each["hostPath"][-8:] for each in container["linuxParameters"]["devices"]] == ["/uverbs0", "/uverbs1"]
+    assert [where for where, _ in overrides(gang)] == ["0:0", "1:3"]
+    for _, container in overrides(gang):
+        asks = {each["type"]: int(each["value"]) for each in container["resourceRequirements"]}
+        assert asks == {"VCPU": 4, "MEMORY": 16384, "GPU": 1}
+        assert_bounds_s3(container["environment"])
+
+
+@pytest.mark.slow
+def test_several_nodes_on_batch_are_refused_where_metaflow_would_break_their_command(cloud, home, monkeypatch):
+    monkeypatch.setenv("METAFLOW_ECS_S3_ACCESS_IAM_ROLE", make_batch_queue("refusing"))
+    changes = values(*SMALL, "parallel.nodes=2", f"checkpoint.root={cloud}/runs")
+    with batch_that_runs(home) as submitted:
+        run = flow("run", "--with", "batch:queue=refusing,image=posttrain:test", *changes, cwd=home, timeout=120)
+    assert run.returncode != 0 and len(submitted) == 1
+    assert "Use a metadata service" in run.stdout + run.stderr
 
 
 def assert_downloads_code(command, bucket):
     """A container's command fetches the code package from the datastore and puts it on the path."""
     assert f'download_file("{bucket.removeprefix("s3://")}", "metaflow/GRPOFlow/' in command[-1]
     assert "export PYTHONPATH=$(pwd)/.mf_code" in command[-1]
+
+
+def assert_bounds_s3(variables):
+    """A container's Metaflow gives a key of its own up after minutes; test_task_environment.py shows how many."""
+    given = {each["name"]: each.get("value") for each in variables}
+    assert {given["METAFLOW_S3_RETRY_COUNT"], given["METAFLOW_S3_TRANSIENT_RETRY_COUNT"]} == {"6"}
+    assert json.loads(given["METAFLOW_S3_CLIENT_RETRY_CONFIG"])["total_max_attempts"] == 2

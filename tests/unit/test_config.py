@@ -72,6 +72,17 @@ def test_every_file_in_configs_parses(path, monkeypatch):
         ({"parallel.backend": "kubernetes"}, "set checkpoint.root to an s3:// prefix that all can reach"),
         ({"parallel.backend": "kubernetes", "checkpoint.root": "/disk"}, "set checkpoint.root to an s3:// prefix"),
         ({"parallel.backend": "batch", "checkpoint.root": "s3://b"}, "parallel.backend = batch needs parallel.queue"),
+        ({"parallel.decorators": {"train": {}}}, "input should be 'all' or 'training'"),
+        ({"parallel.decorators": {"all": {"resources": {}}}}, "input should be 'kubernetes', 'batch', 'environment'"),
+        (
+            {"parallel.decorators": {"training": {"retry": {"times": 5}}}},
+            "parallel.decorators.training.retry.times = 5: Metaflow repeats a task at most 4 times",
+        ),
+        (
+            {"parallel.decorators": {"all": {"environment": {"vars": {"HF_TOKEN": "hf_x", "NCCL_DEBUG": "INFO"}}}}},
+            "parallel.decorators.all.environment.vars.HF_TOKEN: a config is kept in the run's artifacts",
+        ),
+        ({"parallel.decorators": {"all": {"environment": {"vars": "A=1"}}}}, "write it as {NAME: value}"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_the_fix(changes, line):

@@ -1,0 +1,51 @@
+"""A spot machine's notice becomes the SIGTERM on which a training step saves: `with heeding_spot_notices():`."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from metaflow import current
+from metaflow.sidecar import Sidecar
+
+from placement import where_it_runs
+
+NOTICE = Path("/tmp/spot_termination_notice")
+"""Written by Metaflow's monitor, two minutes before AWS takes the machine away; a container has a /tmp of its own."""
+
+EVERY_S = 1.0
+
+
+@contextmanager
+def heeding_spot_notices() -> Iterator[None]:
+    """While inside, a notice is a SIGTERM to this process, in a container on Kubernetes or AWS Batch.
+
+    Metaflow's monitor signals its own parent, which is its sidecar and not the task (2.19.39), so its file is watched
+    here; on AWS Batch, where Metaflow starts no monitor, it is started too. Only the node that drives a gang can save,
+    so the others work on until they are taken.
+    """
+    backend = where_it_runs().get("backend")
+    if backend is None or (current.get("is_parallel") and current.parallel.node_index > 0):
+        yield
+        return
+    monitor = Sidecar("spot_termination_monitor") if backend == "batch" else None
+    if monitor:
+        monitor.start()
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(over,), name="spot-notice", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        if monitor:
+            monitor.terminate()
+
+
+def _watch(over: threading.Event) -> None:
+    while not over.wait(EVERY_S):
+        if NOTICE.exists():
+            os.write(2, b"this spot machine is about to be taken away\n")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
