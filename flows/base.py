@@ -219,15 +219,11 @@ class PostTrainFlow(FlowSpec):
         from steps.train import train
 
         facts = [f"seed {self.cfg.seed}", f"{self.cfg.parallel.ranks} ranks", f"run {current.run_id}"]
-        cards = (
-            [TrainingCard("Warm-up: SFT", facts, num_steps=self.cfg.warmup.num_steps, view=SFT)]
-            if self.cfg.warmup
-            else []
-        )
+        plan = self.cfg.warmup
+        cards = [TrainingCard("Warm-up: SFT", facts, num_steps=plan.num_steps, view=SFT)] if plan else []
         uris = {"root": self.root, "model_uri": self.model["uri"], "tokens_uri": self.tokens["uri"]}
-        uris["teacher_uri"] = self.teacher_uri
         with heeding_spot_notices():
-            self.warmed_up = refusing(train, self.cfg, **uris, observers=cards)
+            self.warmed_up = refusing(train, self.cfg, **uris, teacher_uri=self.teacher_uri, observers=cards)
         self.nodes = "one" if self.cfg.parallel.nodes == 1 else "many"
 
     def train_here(self):

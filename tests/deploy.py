@@ -40,7 +40,13 @@ SPOT = {
     "checkpoint.root": "s3://my-bucket/runs",
 }
 """Two GPUs of a spot pool: where a flow has no configs/<flow>_cluster.yaml, its own config is moved there."""
-ON_SPOT = [word for key, value in SPOT.items() for word in ("--config-value", f"{key}={json.dumps(value)}")]
+MORE = {
+    "retrain_flow.py": {
+        "retrain.registry": "s3://my-bucket/registry",
+        "data.sources": ["s3://my-bucket/inbox/day.jsonl"],
+    }
+}
+"""What else a flow's own config needs there."""
 
 VOLATILE = {"METAFLOW_VERSION", "METAFLOW_CODE_METADATA", "METAFLOW_S3_ENDPOINT_URL"}
 """Variables that hold versions of this machine, or where its test server listens."""
@@ -66,8 +72,14 @@ def foreign(name: str) -> bool:
 def workflow_template(flow: Path, cwd: Path) -> dict[str, Any]:
     """The WorkflowTemplate of a flow, without nulls. The environment names an S3 datastore, which gets the package."""
     cluster = ROOT / "configs" / flow.name.replace("_flow.py", "_cluster.yaml")
-    words = ["--config", str(cluster)] if cluster.exists() else ON_SPOT
+    words = ["--config", str(cluster)] if cluster.exists() else on_spot(flow)
     return without_nulls(json.loads(printed(flow, [*words, "argo-workflows", "create", "--only-json"], cwd)))
+
+
+def on_spot(flow: Path) -> list[str]:
+    """Words of the command line that move a flow's own config to SPOT."""
+    there = SPOT | MORE.get(flow.name, {})
+    return [word for key, value in there.items() for word in ("--config-value", f"{key}={json.dumps(value)}")]
 
 
 def printed(flow: Path, words: list[str], cwd: Path) -> str:

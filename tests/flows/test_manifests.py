@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from argo import broken_references, embedded_manifest
-from deploy import FLOWS, GOLDEN, ON_SPOT, ROOT, comparable, printed, workflow_template
+from deploy import FLOWS, GOLDEN, ROOT, comparable, on_spot, printed, workflow_template
 from pods import fake_kubernetes
 from schemas import problems
 
@@ -48,7 +48,7 @@ def create(flow, home, monkeypatch):
         monkeypatch.setenv(f"METAFLOW_ARGO_EVENTS_{name}", "metaflow")
     with fake_kubernetes(home) as (server, kubeconfig):
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-        printed(flow, [*ON_SPOT, "argo-workflows", "create"], home)
+        printed(flow, [*on_spot(flow), "argo-workflows", "create"], home)
         return list(server.objects.values())
 
 
