@@ -64,7 +64,13 @@ def _asked(question: dict[str, str]) -> dict[str, Any]:
 
 def _exchange(process: subprocess.Popen[str], question: dict[str, str] | None, limit_s: float) -> dict[str, Any]:
     assert process.stdin is not None and process.stdout is not None
-    timer = threading.Timer(limit_s, process.kill)
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(limit_s, end)
     timer.start()
     try:
         if question is not None:
@@ -75,7 +81,8 @@ def _exchange(process: subprocess.Popen[str], question: dict[str, str] | None, l
         line = ""
     finally:
         timer.cancel()
-    if not line.endswith("\n"):
+        timer.join()  # an answer that came as the time ran out is of a process that is dead by now, or not
+    if late.is_set() or not line.endswith("\n"):
         process.kill()
         process.wait()
         raise TimeoutError(f"the comparison was not done in {limit_s:g} s and {MEMORY_BYTES >> 30} GiB")
