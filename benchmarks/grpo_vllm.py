@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.report import row, write
-from benchmarks.rl_learning import CELLS, Start
+from benchmarks.rl_learning import Start
 
 CURVES = ("reward/mean", "eval/reward", "policy/mismatch_abs", "policy/mismatch_kl", "policy/entropy")
 SHAPE = {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4}
@@ -48,8 +48,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         start = Start(Path(folder), 0, common)
-        CELLS["run"] = {}
-        found = start.run("run")
+        found = start.run("run", {})
     steps = start.metrics
     curves = {name: [[n, round(step[name], 6)] for n, step in enumerate(steps, 1) if name in step] for name in CURVES}
     phases = [name for name in steps[1] if name.startswith("time/")]

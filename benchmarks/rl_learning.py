@@ -74,12 +74,13 @@ class Start:
         assert warm is not None
         self.model_uri = warm["model_uri"]
 
-    def run(self, cell: str) -> dict[str, Any]:
-        """What the cell learns from here."""
+    def run(self, cell: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the cell learns from here; its changes are those of CELLS where none are given."""
         from steps.evaluate import evaluate
         from steps.grpo import grpo
 
-        start, changes, teacher_uri = time.monotonic(), CELLS[cell], None
+        start, teacher_uri = time.monotonic(), None
+        changes = CELLS[cell] if changes is None else changes
         if changes.get("method.advantage") == "teacher":
             if TEACHER not in self.trained:
                 self.run(TEACHER)

@@ -55,7 +55,22 @@ def run_container(folder: Path, command: list[str], environment: dict[str, str])
 ARGO = "/apis/argoproj.io/"
 
 
-class FakeKubernetes(BaseHTTPRequestHandler):
+class JsonHandler(BaseHTTPRequestHandler):
+    """Answers in JSON, and logs nothing."""
+
+    def answer(self, code, body):
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+class FakeKubernetes(JsonHandler):
     """The requests that Metaflow makes, answered from `server.objects`: jobs by name, Argo's objects by plural/name."""
 
     protocol_version = "HTTP/1.1"
@@ -95,17 +110,6 @@ class FakeKubernetes(BaseHTTPRequestHandler):
         status = {"phase": "Failed" if code else "Succeeded"}
         status["containerStatuses"] = [{**facts, "state": {"terminated": ended}}]
         return {"metadata": {"name": f"{job['metadata']['name']}-pod"}, "status": status}
-
-    def answer(self, code, body):
-        data = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
 
 
 @contextmanager

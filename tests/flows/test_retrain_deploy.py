@@ -5,45 +5,34 @@ import os
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
 from argo import broken_references, without_nulls
-from pods import ROOT
+from pods import ROOT, JsonHandler
 
 FLOW = ROOT / "flows" / "retrain_flow.py"
 EVENTS = {"METAFLOW_ARGO_EVENTS_EVENT": "metaflow-event", "METAFLOW_ARGO_EVENTS_EVENT_SOURCE": "argo-events-webhook"}
 EVENTS |= {"METAFLOW_ARGO_EVENTS_SERVICE_ACCOUNT": "operate-workflow-sa"}
 
 
-class ApiServer(BaseHTTPRequestHandler):
+class ApiServer(JsonHandler):
     """Keeps custom objects, as the API server does; nothing here runs them."""
 
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self):
+    def do_GET(self):  # noqa: N802  (http.server's name)
         found = self.server.objects.get(self.path)
         self.answer(*((200, found) if found else (404, {"message": "not found"})))
 
-    def do_POST(self):
+    def do_POST(self):  # noqa: N802  (http.server's name)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         body["metadata"]["resourceVersion"] = "1"
         self.server.objects[f"{self.path}/{body['metadata']['name']}"] = body
         self.answer(201, body)
-
-    def answer(self, code, body):
-        data = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture
