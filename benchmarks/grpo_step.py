@@ -4,18 +4,20 @@ Random Qwen3-shaped weights in bfloat16, prompts of random tokens, every complet
 no Ray: a policy rank in this process, vLLM engines in others on the same GPU, buckets by CUDA IPC between them (on a
 CPU, where one engine tries the script, by broadcast). TRL's side is its own GRPOTrainer in a process of its own, on as
 many rollouts of the same lengths, bfloat16, beta 0, with the kernels that it chooses by itself unless --attention names
-others. The phases of our step add up to it.
+others. The phases of our step add up to it. With --apart both sides run at once, each on a GPU of its own of one host.
 
-    VLLM_USE_FLASHINFER_SAMPLER=0 python -m benchmarks.grpo_step [--size 0.6b] [--rollouts 128] [--steps 4] [--out FILE]
+    VLLM_USE_FLASHINFER_SAMPLER=0 python -m benchmarks.grpo_step [--size 0.6b] [--rollouts 128 512] [--apart]
 """
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -23,14 +25,12 @@ from typing import Any
 
 from benchmarks.engine_process import EngineProcess, together
 from benchmarks.report import row, write
-from benchmarks.shapes import SIZES, hf_config
-
-MEMORY_SHARE = 0.35
-"""Of the GPU, for the engines of either side together."""
+from benchmarks.shapes import SIZES
+from benchmarks.trl_grpo import MEMORY_SHARE, run_trl
 
 
-def run_ours(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every step by phase, and what the trainer measured."""
+def run_ours(options: argparse.Namespace) -> dict[int, list[dict[str, Any]]]:
+    """Rollouts a step -> seconds of every step by phase, and what the trainer measured."""
     import torch
 
     from benchmarks.fsdp_scaling import write_model
@@ -41,7 +41,8 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
 
     device, longest = "cuda" if torch.cuda.is_available() else "cpu", options.prompt + options.new
     assert options.pack_tokens >= longest, "a rollout must fit in a pack"
-    assert options.rollouts % (options.group * options.engines) == 0, "engines get equal shares of whole groups"
+    for rollouts in options.rollouts:
+        assert rollouts % (options.group * options.engines) == 0, "engines get equal shares of whole groups"
     with tempfile.TemporaryDirectory() as folder:
         uri = write_model(Path(folder), options.size, device)
         training = Training(
@@ -64,11 +65,13 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
         engines = [EngineProcess(**named) for _ in range(options.engines)]
         sync = Sync(rank, engines, shared=device == "cuda")
         sync.push(0)
-    steps = [one_step(options, step, rank, engines, sync, costs) for step in range(options.steps + 1)]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    found: dict[int, list[dict[str, Any]]] = {}
+    for n, rollouts in enumerate(options.rollouts):
+        numbers = range(n * (options.steps + 1), (n + 1) * (options.steps + 1))
+        found[rollouts] = [one_step(options, step, rollouts, rank, engines, sync, costs) for step in numbers]
     for engine in engines:
         engine.close()
-    return {"steps": steps, "policy_peak_gib": round(peak, 2)}
+    return found
 
 
 class Sync:
@@ -101,9 +104,17 @@ class Sync:
 
 
 def one_step(
-    options: argparse.Namespace, step: int, rank: Any, engines: list[EngineProcess], sync: Sync, costs: Any
+    options: argparse.Namespace,
+    step: int,
+    rollouts: int,
+    rank: Any,
+    engines: list[EngineProcess],
+    sync: Sync,
+    costs: Any,
 ) -> dict[str, Any]:
     """Seconds by phase; the first of all steps compiles."""
+    import torch
+
     from posttrain.compute.generator import Request
     from posttrain.config_method import GRPO
     from posttrain.data.advantage import centered
@@ -113,7 +124,7 @@ def one_step(
     from posttrain.model.losses import count
     from posttrain.model.losses.policy_gradient import TruncatedLoss
 
-    rng, vocab, prompts = random.Random(step), SIZES[options.size][-1], options.rollouts // options.group
+    rng, vocab, prompts = random.Random(step), SIZES[options.size][-1], rollouts // options.group
     asked = [
         Prompt(uid=n, token_ids=tuple(rng.choices(range(vocab), k=options.prompt)), row={}) for n in range(prompts)
     ]
@@ -154,9 +165,11 @@ def one_step(
     seconds = sum(metrics.get(f"time/{name}_s", 0.0) for name in ("forward", "backward", "reduce", "optimizer"))
     trained = costs.metrics(packs, seconds, ranks=1, pack_tokens=options.pack_tokens)
     kept = ("mismatch_kl", "mismatch_abs", "grad_norm", "loss")
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return {
         "step_s": marks[-1] - marks[0],
         **found,
+        "policy_peak_gib": round(peak, 2),
         "tokens": sum(len(c.token_ids) for c in made),
         "fill": fill(packs, pack_tokens=options.pack_tokens),
         **{name: value for name, value in metrics.items() if name.startswith("time/") or name in kept},
@@ -164,79 +177,37 @@ def one_step(
     }
 
 
-def run_trl(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every step of TRL's GRPOTrainer."""
-    import torch
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+def measured(side: str, rollouts: list[int], gpu: str | None, timeout_s: float) -> dict[int, list[dict[str, Any]]]:
+    """One side in a process of its own, by the arguments of this one."""
+    command = [sys.executable, "-m", "benchmarks.grpo_step", *sys.argv[1:], "--side", side]
+    command += ["--rollouts", *map(str, rollouts)]  # the last one counts
+    env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=True, env=env)
+    return {int(n): steps for n, steps in json.loads(ran.stdout.strip().splitlines()[-1]).items()}
 
-    vocab, rng, folder = SIZES[options.size][-1], random.Random(0), tempfile.mkdtemp()
-    words = {f"t{n}": n for n in range(vocab - 2)} | {"<eos>": vocab - 2, "<pad>": vocab - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    shape = {key: value for key, value in hf_config(options.size).items() if key not in ("model_type", "architectures")}
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, eos_token_id=vocab - 2, pad_token_id=vocab - 1))
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    del model
-    torch.cuda.empty_cache()
-    rows = [{"prompt": " ".join(f"t{rng.randrange(vocab - 2)}" for _ in range(options.prompt))} for _ in range(4096)]
-    times: list[float] = []
 
-    class Times(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
+def both(options: argparse.Namespace) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Side -> rollouts -> steps: ours in one process, TRL in one for each number of rollouts."""
+    parts = [("ours", options.rollouts)]
+    parts += [] if options.no_baseline else [("trl", [rollouts]) for rollouts in options.rollouts]
+    gpus = {"ours": "0", "trl": "1"} if options.apart else {}
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {"ours": {}, "trl": {}}
 
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
+    def measure(side: str) -> None:
+        for name, rollouts in parts:
+            if name == side:
+                found[side] |= measured(side, rollouts, gpus.get(side), options.timeout)
 
-    settings = GRPOConfig(
-        output_dir=folder,
-        per_device_train_batch_size=options.micro_batch,
-        gradient_accumulation_steps=options.rollouts // options.micro_batch,
-        num_generations=options.group,
-        max_completion_length=options.new,
-        max_steps=options.steps + 1,
-        save_strategy="no",
-        report_to=[],
-        bf16=True,
-        learning_rate=1e-6,
-        beta=0.0,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        use_liger_kernel=options.liger,
-        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": options.attention},
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=MEMORY_SHARE,
-        vllm_max_model_length=options.prompt + options.new + 8,
-        vllm_enable_sleep_mode=options.sleep,
-    )
-    trainer = GRPOTrainer(
-        model=folder,
-        args=settings,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=fast,
-        reward_funcs=lambda completions, **_: [random.random() for _ in completions],
-        callbacks=[Times()],
-    )
-    trainer.train()
-    return {"steps": [{"step_s": end - start} for start, end in pairwise(times)]}
+    with ThreadPoolExecutor(2 if options.apart else 1) as pool:
+        for done in [pool.submit(measure, side) for side in found]:
+            done.result()
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="0.6b", choices=SIZES)
-    parser.add_argument("--rollouts", type=int, default=128)
+    parser.add_argument("--rollouts", type=int, nargs="+", default=[128], help="a step; a row each")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=512, help="tokens of a completion")
@@ -250,29 +221,29 @@ def main() -> None:
     parser.add_argument("--liger", action="store_true", help="TRL with Liger's kernels")
     parser.add_argument("--timeout", type=float, default=540, help="of one side, seconds")
     parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="the sides at once, on GPUs 0 and 1")
     parser.add_argument("--side", choices=["ours", "trl"], help="one side alone, in this process")
     parser.add_argument("--out")
     options = parser.parse_args()
     if options.side:
         print(json.dumps({"ours": run_ours, "trl": run_trl}[options.side](options)), flush=True)
         return
-    sides = {}
-    for side in ("ours",) if options.no_baseline else ("ours", "trl"):
-        command = [sys.executable, "-m", "benchmarks.grpo_step", *sys.argv[1:], "--side", side]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=options.timeout, check=True)
-        sides[side] = json.loads(ran.stdout.strip().splitlines()[-1])
-    typical = {side: median(step["step_s"] for step in found["steps"][1:]) for side, found in sides.items()}
-    counted = sides["ours"]["steps"][1:]
-    shown = {name: round(median(step[name] for step in counted), 4) for name in counted[0]}
-    what = f"Qwen3 {options.size}, {options.rollouts} rollouts of {options.prompt} + {options.new} tokens, group "
-    what += f"{options.group}, one device, {options.engines} engines, in turn; baseline: TRL GRPO + vLLM colocated"
-    found = row(
-        "grpo_step", what, ours=typical["ours"], baseline=typical.get("trl", typical["ours"]), unit="s a step",
-        tokens_per_s=round(shown["tokens"] / typical["ours"], 1), phases=shown, measured=sides,
-    )  # fmt: skip
-    if options.no_baseline:
-        found |= {"baseline": None, "ratio": None}
-    write("grpo_step", [found], options.out)
+    sides, rows = both(options), []
+    for rollouts in options.rollouts:
+        steps = {side: found[rollouts] for side, found in sides.items() if rollouts in found}
+        typical = {side: median(step["step_s"] for step in found[1:]) for side, found in steps.items()}
+        counted = steps["ours"][1:]
+        shown = {name: round(median(step[name] for step in counted), 4) for name in counted[0]}
+        what = f"Qwen3 {options.size}, {rollouts} rollouts of {options.prompt} + {options.new} tokens, group "
+        what += f"{options.group}, packs of {options.pack_tokens}, {options.engines} engines; baseline: TRL GRPO + "
+        what += "vLLM colocated, " + ("at once on the host's second GPU" if options.apart else "in turn")
+        found = row(
+            "grpo_step", what, ours=typical["ours"], baseline=typical.get("trl", typical["ours"]), unit="s a step",
+            tokens_per_s=round(shown["tokens"] / typical["ours"], 1), phases=shown,
+            steps={side: [round(step["step_s"], 3) for step in found] for side, found in steps.items()},
+        )  # fmt: skip
+        rows.append(found if "trl" in typical else found | {"baseline": None, "ratio": None})
+    write("grpo_step", rows, options.out)
 
 
 if __name__ == "__main__":

@@ -132,14 +132,13 @@ def test_a_sync_between_two_tokens_keeps_requests_and_every_later_token_is_of_th
     made: list = []
     waiting = threading.Thread(target=lambda: made.extend(synced.generate(requests)))
     started = threading.Event()
-    step = synced.engine.step
+    step = synced.steps.step
 
-    def seen():
-        found = step()
+    def seen(version: int) -> None:
+        step(version)
         started.set()
-        return found
 
-    synced.engine.step = seen
+    synced.steps.step = seen
     try:
         waiting.start()
         assert started.wait(60)
@@ -147,7 +146,7 @@ def test_a_sync_between_two_tokens_keeps_requests_and_every_later_token_is_of_th
         assert synced.sync(4, dict(hf_tensors(after))) == digest(hf_tensors(after))
         waiting.join(120)
     finally:
-        del synced.engine.step
+        del synced.steps.step
     before, switched = load_decoder(folder), 0
     for request, completion in zip(requests, made, strict=True):
         versions, logprobs = completion.versions, torch.tensor(completion.logprobs)
@@ -194,15 +193,15 @@ def test_a_temperature_that_vllm_would_change_is_refused(synced: VllmGenerator):
 def test_a_prompt_longer_than_the_model_is_the_callers_error_and_the_engine_goes_on(synced: VllmGenerator):
     with pytest.raises(DataError, match="a prompt of 1100 tokens leaves no room in the 1024 of the engine"):
         synced.generate([asked(5), asked(*([5] * 1100))])
-    assert not synced._open, "a part of a call that is refused is not sampled"
+    assert not synced.steps.running, "a part of a call that is refused is not sampled"
     assert len(synced.generate([asked(5, new=3)])[0].token_ids) <= 3
 
 
 def test_an_engine_that_fails_is_named_to_all_who_wait_and_to_who_comes_later(synced: VllmGenerator, monkeypatch):
-    def broken():
+    def broken(version: int):
         raise RuntimeError("CUDA error: an illegal memory access")
 
-    monkeypatch.setattr(synced.engine, "step", broken)
+    monkeypatch.setattr(synced.steps, "step", broken)
     for _ in range(2):
         with pytest.raises(ComputeError, match="vllm's engine failed: RuntimeError: CUDA error: an illegal"):
             synced.generate([asked(5)])

@@ -137,21 +137,20 @@ def test_adapters_come_in_buckets_between_two_tokens_and_every_later_token_is_of
     requests = [asked(*range(11, 11 + n), seed=n, new=900) for n in (2, 9, 40)]
     made: list = []
     waiting = threading.Thread(target=lambda: made.extend(engine.generate(requests)))
-    started, step = threading.Event(), engine.engine.step
+    started, step = threading.Event(), engine.steps.step
 
-    def seen():
-        found = step()
+    def seen(version: int) -> None:
+        step(version)
         started.set()
-        return found
 
-    engine.engine.step = seen
+    engine.steps.step = seen
     try:
         waiting.start()
         assert started.wait(60)
         assert sync() > 2
         waiting.join(120)
     finally:
-        del engine.engine.step
+        del engine.steps.step
     switched = 0
     for request, completion in zip(requests, made, strict=True):
         logprobs, old = torch.tensor(completion.logprobs), completion.versions.count(3)

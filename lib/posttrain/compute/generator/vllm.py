@@ -13,7 +13,6 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from posttrain import faults, storage
 from posttrain.compute.generator import Completion, Request, vllm_adapters
-from posttrain.compute.generator.vllm_requests import completion, sampling_params
+from posttrain.compute.generator.vllm_requests import sampling_params
 from posttrain.compute.generator.vllm_start import keep_weights_unpacked, starting_alone
+from posttrain.compute.generator.vllm_steps import Steps
 from posttrain.compute.vllm_logprobs import ENVIRONMENT, require_vllm
 from posttrain.compute.weight_sync import WRAP, Held, digest_of
 from posttrain.compute.weight_transfer import Packed, gpu_id
@@ -38,15 +38,6 @@ MAX_SEQUENCES = {"cpu": 64, "cuda": 512}
 """Requests decoded together; more wait."""
 MAX_TOKENS = {"cpu": None, "cuda": 8192}
 """Of prompts in one step: those of a whole batch come at once, and vLLM's own 2048 makes many steps of them."""
-
-
-@dataclass(slots=True)
-class _Open:
-    """A request that is not finished."""
-
-    done: Future
-    marks: list[tuple[int, int]] = field(default_factory=list)
-    """(tokens, version): up to so many tokens are of that version; appended by a sync."""
 
 
 class VllmGenerator:
@@ -83,8 +74,6 @@ class VllmGenerator:
         self.version, self.asleep, self._paused = -1, False, False
         self.adapters = adapters
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._open: dict[str, _Open] = {}
-        self._numbered = 0
         self._broken: ComputeError | None = None
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         folder = str(storage.fetch(model_uri))
@@ -94,6 +83,7 @@ class VllmGenerator:
         except Exception as error:  # vLLM raises many kinds for a model or a machine that it does not serve
             reason = " ".join(str(error).split())
             raise ComputeError(f"vllm cannot run {model_uri}: {type(error).__name__}: {reason}") from error
+        self.steps = Steps(self.engine)
         threading.Thread(target=self._loop, name="vllm-engine", daemon=True).start()
 
     def weight_dtype(self) -> str:
@@ -183,7 +173,7 @@ class VllmGenerator:
     def _loop(self) -> None:
         """The engine's thread: work that was handed in comes first, and steps while requests are open."""
         while True:
-            idle = self._paused or not self._open
+            idle = self._paused or not self.steps.running
             try:
                 work, done = self._jobs.get(block=idle)
             except queue.Empty:
@@ -199,30 +189,15 @@ class VllmGenerator:
     def _step(self) -> None:
         faults.point("vllm.step")
         try:
-            outputs = self.engine.step()
+            self.steps.step(self.version)
         except Exception as error:  # whatever it is, the engine's state is not known any more
             self._broken = ComputeError(f"vllm's engine failed: {type(error).__name__}: {error}")
-            for each in self._open.values():
-                each.done.set_exception(self._broken)
-            self._open.clear()
-            return
-        for output in outputs:
-            if output.finished:
-                found = self._open.pop(output.request_id)
-                try:
-                    found.done.set_result(completion(output.outputs[0], [*found.marks, (None, self.version)]))
-                except ComputeError as error:
-                    found.done.set_exception(error)
+            self.steps.fail(self._broken)
 
     def _add(self, request: Request, sampling: Any) -> Future:
         assert self.version >= 0, "generate() before the first sync(): the generator holds no weights"
-        self._numbered += 1
-        name = str(self._numbered)
         adapter = None if self.adapters is None else vllm_adapters.request()
-        prompt = {"prompt_token_ids": list(request.token_ids)}
-        self.engine.add_request(name, prompt, sampling, lora_request=adapter)
-        self._open[name] = _Open(done=Future())
-        return self._open[name].done
+        return self.steps.add({"prompt_token_ids": list(request.token_ids)}, sampling, adapter)
 
     def _sync(self, version: int, weights: Mapping[str, Tensor]) -> str:
         self._begin(version)
@@ -235,8 +210,7 @@ class VllmGenerator:
         if self.asleep:
             self.engine.wake_up(tags=["weights"])
         self._pause()
-        for state in self.engine.output_processor.request_states.values():
-            self._open[state.external_req_id].marks.append((state.detokenizer.num_output_tokens(), self.version))
+        self.steps.mark(self.version)
         self.version, self._shapes = version, {}
 
     def _bucket(self, packed: Sequence[Packed], handle: Any) -> None:

@@ -33,32 +33,34 @@ def sampling_params(request: Request, *, stop_ids: Sequence[int], room: int) -> 
         stop_token_ids=list(stop_ids),
         ignore_eos=True,  # the config's own stop token counts only if it is one of ours
         logprobs=0,  # of the sampled token alone
-        flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def completion(output: Any, marks: Sequence[tuple[int | None, int]]) -> Completion:
-    """What vLLM's CompletionOutput says.
+def completion(
+    *,
+    reason: str,
+    tokens: Sequence[int],
+    sampled: Sequence[int],
+    logprobs: Sequence[float],
+    marks: Sequence[tuple[int | None, int]],
+) -> Completion:
+    """A Completion of what vLLM says of a request that ended.
 
     Args:
+        sampled: tokens that `logprobs` are of.
         marks: (tokens, version) in order: up to so many tokens are of that version; None is up to the last.
 
     Raises:
         ComputeError: vLLM gave the request up, or logprobs of other tokens than it sampled.
     """
-    if output.finish_reason not in ("stop", "length"):
-        raise ComputeError(f"vllm ended a request for {output.finish_reason}")
-    tokens, found = tuple(output.token_ids), output.logprobs
-    if found is None or tuple(found.token_ids) != tokens:
-        raise ComputeError(f"vllm gave {len(found.token_ids) if found else 0} logprobs for {len(tokens)} tokens")
+    if reason not in ("stop", "length"):
+        raise ComputeError(f"vllm ended a request for {reason}")
+    tokens = tuple(tokens)
+    if tuple(sampled) != tokens:
+        raise ComputeError(f"vllm gave {len(sampled)} logprobs for {len(tokens)} tokens, or of other tokens")
     versions: list[int] = []
     for count, version in marks:
         versions += [version] * ((len(tokens) if count is None else count) - len(versions))
-    return Completion(
-        token_ids=tokens,
-        logprobs=tuple(found.logprobs),
-        versions=tuple(versions),
-        finish_reason=output.finish_reason,
-    )
+    return Completion(token_ids=tokens, logprobs=tuple(logprobs), versions=tuple(versions), finish_reason=reason)
