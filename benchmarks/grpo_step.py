@@ -235,8 +235,10 @@ def main() -> None:
         counted = steps["ours"][1:]
         shown = {name: round(median(step[name] for step in counted), 4) for name in counted[0]}
         what = f"Qwen3 {options.size}, {rollouts} rollouts of {options.prompt} + {options.new} tokens, group "
-        what += f"{options.group}, packs of {options.pack_tokens}, {options.engines} engines; baseline: TRL GRPO + "
-        what += "vLLM colocated, " + ("at once on the host's second GPU" if options.apart else "in turn")
+        what += f"{options.group}, packs of {options.pack_tokens}, {options.engines} engines"
+        if not options.no_baseline:
+            where = "at once on the host's second GPU" if options.apart else "in turn"
+            what += f"; baseline: TRL GRPO + vLLM colocated, {where}"
         found = row(
             "grpo_step", what, ours=typical["ours"], baseline=typical.get("trl", typical["ours"]), unit="s a step",
             tokens_per_s=round(shown["tokens"] / typical["ours"], 1), phases=shown,

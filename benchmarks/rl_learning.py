@@ -1,10 +1,10 @@
 """Does what RL learns depend on the method, or on how stale the weights are? The default task, once a cell and seed.
 
 Cells: the published methods of docs/rl.md on the default's hyperparameters, and staleness 0, 1 and 4 with the default's
-correction of what the sampler's weights differ by and without any. All cells of a seed go on from one model, which the
-warm-up made, by the same steps as in the flow. A run's baseline is that model, on the same held-out rows and sampling
-noise. Prints a JSON line a run and writes benchmarks/results/rl_learning.json; cells that are not asked for stay in it
-as they are.
+correction of what the sampler's weights differ by and without any, and 4 with two cures. All cells of a seed go on from
+one model, which the warm-up made, by the same steps as in the flow. A run's baseline is that model, on the same held-out
+rows and sampling noise. Prints a JSON line a run and writes benchmarks/results/rl_learning.json; cells that are not
+asked for stay in it as they are.
 
     python -m benchmarks.rl_learning [--seeds 0 1 2] [--cells staleness_1 gspo]
 """
@@ -25,6 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CELLS: dict[str, dict[str, Any]] = {f"staleness_{k}": {"rollout.max_staleness": k} for k in (0, 1, 4)}
 """Name -> what it changes of configs/grpo_tiny.yaml."""
 CELLS |= {f"staleness_{k}_uncorrected": {"rollout.max_staleness": k, "method.loss": "uncorrected"} for k in (0, 1, 4)}
+CELLS |= {
+    "staleness_4_clipped": {"rollout.max_staleness": 4, "method.loss": "clipped"},
+    "staleness_4_slow": {"rollout.max_staleness": 4, "optim.lr": 5e-5},
+}
 CELLS |= {
     "grpo": {"method.advantage": "normalized", "method.loss": "clipped", "method.weigh": "sequence"},
     "dr_grpo": {"method.loss": "clipped"},

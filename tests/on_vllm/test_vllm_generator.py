@@ -1,6 +1,7 @@
 """vLLM as our generator: its logprobs are the trainer's, its versions are told, and what it holds is proved."""
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,21 @@ def test_stop_tokens_end_and_are_kept_and_length_is_said(synced: VllmGenerator):
     assert all(not set(STOPS) & set(c.token_ids[:-1]) for c in stopped)
     assert all(len(c.token_ids) == 60 and not set(STOPS) & set(c.token_ids) for c in cut)
     assert all(len(c.token_ids) == len(c.logprobs) == len(c.versions) for c in made)
+
+
+def test_room_in_the_cache_is_looked_for_once_a_block_and_the_tokens_are_the_same(synced: VllmGenerator, monkeypatch):
+    manager = synced.engine.engine_core.engine_core.scheduler.kv_cache_manager
+    count, searches = manager.coordinator.get_num_blocks_to_allocate, []
+    monkeypatch.setattr(
+        manager.coordinator, "get_num_blocks_to_allocate", lambda **named: searches.append(1) or count(**named)
+    )
+    requests = [asked(*range(30, 30 + n), seed=n, new=300) for n in (1, 15, 16, 17, 200)]
+    made = synced.generate(requests)
+    tokens, seldom = sum(len(each.token_ids) for each in made), len(searches)
+    monkeypatch.setattr(manager, "allocate_slots", partial(type(manager).allocate_slots, manager))  # vLLM's own
+    assert synced.generate(requests) == made
+    assert len(searches) - seldom >= tokens
+    assert seldom < tokens / 8
 
 
 def test_threads_that_ask_at_once_get_their_own_answers(synced: VllmGenerator):
