@@ -54,8 +54,9 @@ class WeightPush:
             part = self._all if self._all in parts else self._later
             async with self.generators.between_calls():
                 await self._meet()
-                held = dict(enumerate(await self._buckets(version, dtype, part)))
-            expected = dict.fromkeys(held, await self.policy.weights_digest(dtype, part))
+                found, sent = await self._buckets(version, dtype, part)
+            held = dict(enumerate(found))
+            expected = dict.fromkeys(held, sent)
         for rank, got in held.items():
             if got != expected[rank]:
                 raise SyncError(
@@ -83,7 +84,8 @@ class WeightPush:
         digests = {part: await self.policy.weights_digest(dtype, part) for part in handles}
         return {rank: digests[parts[rank]] for rank in held}, held
 
-    async def _buckets(self, version: int, dtype: str, part: Part) -> list[str]:
+    async def _buckets(self, version: int, dtype: str, part: Part) -> tuple[list[str], str]:
+        """Digests of what each engine holds, and of what was sent, which are taken at once."""
         engines = self.generators.group
         await engines.call("begin_sync", version, timeout_s=self.timeout_s)
         await self._senders("start", dtype, part)
@@ -95,7 +97,10 @@ class WeightPush:
                 sending = self.policy.group.call_one(0, "sender", "send", timeout_s=1.5 * self.timeout_s)
                 loading = engines.call("load_bucket", packed, timeout_s=self.timeout_s)
                 await both(loading, sending)
-        return await engines.call("end_sync", timeout_s=self.timeout_s)
+        held, sent = await both(
+            engines.call("end_sync", timeout_s=self.timeout_s), self.policy.weights_digest(dtype, part)
+        )
+        return held, sent
 
     async def _meet(self) -> None:
         """Find partners, once, and again after a generator was replaced."""
@@ -132,6 +137,6 @@ class WeightPush:
         return await self.policy.group.call("sender", method, *args, timeout_s=self.timeout_s)
 
 
-async def both(*calls: Coroutine[Any, Any, Any]) -> None:
-    """Await two sides that wait for each other; a death on one is the cause of what the other raises."""
-    await first_cause([asyncio.ensure_future(call) for call in calls])
+async def both(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Await two sides that go on at once; a death on one is the cause of what the other raises."""
+    return await first_cause([asyncio.ensure_future(call) for call in calls])
