@@ -66,9 +66,10 @@ lint: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(READY)  ## regenerate docs/config.md, docs/config.schema.json and docs/data.md
+docs: $(READY)  ## regenerate what docs/ has from the code, its schema and benchmarks/results
 	$(BIN)/python docs/generate_config.py
 	$(BIN)/python docs/generate_data.py
+	$(BIN)/python docs/generate_performance.py
 
 golden: $(READY)  ## rewrite tests/golden/deploy: what each flow would deploy to Argo Workflows
 	$(BIN)/python tests/deploy.py

@@ -30,6 +30,13 @@ def test_the_generated_data_page_is_current():
         assert (ROOT / "docs" / name).read_text() == text, f"run `make docs`: docs/{name} is old"
 
 
+def test_the_performance_page_and_its_plots_are_those_of_the_results():
+    from generate_performance import documents
+
+    for path, text in documents().items():
+        assert path.read_text() == text, f"run `make docs`: {path.name} is old"
+
+
 @pytest.mark.parametrize("benchmark", ["recipes_learning", "recipes_speed"])
 def test_the_tables_of_the_recipes_are_their_results(benchmark: str):
     module = importlib.import_module(f"benchmarks.{benchmark}")
