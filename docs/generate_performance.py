@@ -126,6 +126,7 @@ def staleness_plot() -> str:
             (f"staleness_{k}_uncorrected", f"{k}, uncorrected", True),
         ):
             lines.append(Line(label=label, points=mean_curve(found[cell]), colour=colour, dashed=dashed))
+    lines.append(Line(label="4, clipped", points=mean_curve(found["staleness_4_clipped"]), colour=COLOURS[3]))
     title = "How stale the sampled tokens may be, with the importance ratio and without"
     return line_plot(title, lines, x="optimizer step", y="held-out reward, sampled, mean of 3 seeds", top=1.0)
 
