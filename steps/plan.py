@@ -1,5 +1,6 @@
 """Refuse before anything is paid for: every name in the config resolves, every file is there, the root is writable."""
 
+import inspect
 import json
 import sys
 import uuid
@@ -76,6 +77,8 @@ def _check_plugins(config: RunConfig) -> list[str]:
     plugins = [("reward.function", path) for path in ([scored_by] if isinstance(scored_by, str) else scored_by or ())]
     if config.rollout.environment:
         plugins.append(("rollout.environment", config.rollout.environment))
+    if config.rollout.constraint:
+        plugins.append(("rollout.constraint", config.rollout.constraint))
     if ":" in config.rollout.generator:
         plugins.append(("rollout.generator", config.rollout.generator))
     if config.tracking.custom:
@@ -93,7 +96,15 @@ def _check_plugins(config: RunConfig) -> list[str]:
             continue
         if not callable(found):
             problems.append(f"{key}: {path} is a {type(found).__name__}, not something to call")
+        elif key == "rollout.generator" and config.rollout.constraint and not _takes(found, "constraint"):
+            problems.append(f"rollout.constraint: {path} takes no argument `constraint`, so it would not obey it")
     return problems
+
+
+def _takes(made: Any, name: str) -> bool:
+    """Whether what a plug-in makes its object with has an argument of that name."""
+    parameters = inspect.signature(made).parameters.values()
+    return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def _check_sources(config: RunConfig) -> list[str]:

@@ -55,6 +55,8 @@ async def rollout_parts(
     assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
+    if config.rollout.constraint is not None:
+        arguments |= {"constraint": config.rollout.constraint}
     generators = Generators(
         _generators(config, arguments, resources, count, adapters),
         timeout_s=config.rollout.timeout_s,
