@@ -1,7 +1,7 @@
 """The paths of tokens that name an item, as a trie: what may follow a beginning, and slates of distinct items."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.errors import DataError
 
@@ -74,3 +74,15 @@ class Slate:
         depth = len(begun) + 1
         taken = Counter(path[:depth] for path in used if path[: depth - 1] == begun)
         return tuple(t for t in self.trie.children[begun] if self.trie.leaves[(*begun, t)] > taken[(*begun, t)])
+
+
+def trie_of(names: Iterable[Sequence[str]], ids: Mapping[str, int]) -> TokenTrie:
+    """The trie of items whose names are tokens of a vocabulary, in the order of `names`.
+
+    Raises:
+        DataError: the vocabulary lacks a token; or as TokenTrie.
+    """
+    paths = [tuple(name) for name in names]
+    if lacking := sorted({token for path in paths for token in path} - ids.keys()):
+        raise DataError(f"the tokenizer has no {lacking[0]!r} ({len(lacking)} such); add the items' tokens to it")
+    return TokenTrie([[ids[token] for token in path] for path in paths])

@@ -1,0 +1,76 @@
+"""The likeliest items after a prompt, where an item is a path of tokens: beam search over the trie of valid paths.
+
+An item's probability is that of the policy which may only write items: at each token softmax over the children alone,
+as constrained sampling draws. Beams are exact where they hold every beginning, and else miss an item only if that
+many beginnings are likelier than its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.data.batch import collate
+from posttrain.data.pack import plan
+from posttrain.data.sample import shift
+from posttrain.data.token_trie import Path, TokenTrie
+from posttrain.data.types import Pack, Sample
+from posttrain.model.forward import forward
+
+Beam = list[tuple[float, Path]]
+"""Beginnings with their log p, nats, the likeliest first."""
+
+
+def rank_items(
+    model: Any, prompts: Sequence[Sequence[int]], trie: TokenTrie, *, k: int, beam: int, pack_tokens: int = 8192
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k likeliest items of the trie for every prompt: numbers [P, k] int64 and log p [P, k] float64, nats.
+
+    Args:
+        beam: beginnings kept after every token, at least k; len(trie) is exact.
+        pack_tokens: of one forward pass; raised to the longest prompt with its path.
+    """
+    k, beam = min(k, len(trie)), max(beam, k)
+    beams: list[Beam] = [[(0.0, ())] for _ in prompts]
+    while open_ends := [(p, b) for p, found in enumerate(beams) for _, b in found if b not in trie.items]:
+        after = dict(zip(open_ends, _children(model, prompts, open_ends, trie, pack_tokens), strict=True))
+        beams = [_next(found, {b: after[p, b] for _, b in found if (p, b) in after}, beam) for p, found in enumerate(beams)]
+    items = [[trie.items[path] for _, path in found[:k]] for found in beams]
+    return np.array(items, np.int64).reshape(-1, k), np.array([[score for score, _ in f[:k]] for f in beams])
+
+
+def _next(found: Beam, after: dict[Path, Beam], beam: int) -> Beam:
+    """The best of finished paths and of those that go on; of equals the one with the smaller tokens."""
+    every = [(score + more, (*path, *step)) for score, path in found for more, step in after.get(path, [(0.0, ())])]
+    return sorted(every, key=lambda each: (-each[0], each[1]))[:beam]
+
+
+def _children(
+    model: Any, prompts: Sequence[Sequence[int]], asked: Sequence[tuple[int, Path]], trie: TokenTrie, pack_tokens: int
+) -> list[Beam]:
+    """Of each (prompt, beginning) the log p of every token that may follow, among those."""
+    found: list[Beam] = [[(0.0, trie.children[b])] for _, b in asked]  # of an only child it is 0, and costs nothing
+    places = [place for place, (_, begun) in enumerate(asked) if len(trie.children[begun]) > 1]
+    widest = max((len(trie.children[asked[place][1]]) for place in places), default=0)
+    samples = [_sample(prompts[asked[p][0]], asked[p][1], trie.children[asked[p][1]], widest) for p in places]
+    size = max([pack_tokens, *map(len, samples)])
+    for members in plan([len(sample) for sample in samples], pack_tokens=size):
+        packed = Pack(samples=tuple(samples[i] for i in members), num_units=len(members))
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            rows = forward(model, collate(packed, pack_tokens=size).to(device)).teacher_logprobs
+        assert rows is not None, "the children's columns stand beside the target's"
+        for i, row in zip(members, rows.double().cpu(), strict=True):
+            children = trie.children[asked[places[i]][1]]
+            among = row[: len(children)].log_softmax(0).tolist()
+            found[places[i]] = [(score, (token,)) for score, token in zip(among, children, strict=True)]
+    return found
+
+
+def _sample(prompt: Sequence[int], begun: Path, children: Path, widest: int) -> Sample:
+    """The sequence so far, asked for the log p of `children` after it; any of them stands in the target's place."""
+    tokens = [*prompt, *begun, children[0]]
+    columns = np.array([[*children, *[children[0]] * (widest - len(children))]], np.int32)
+    return replace(shift(tokens, [0.0] * (len(tokens) - 1) + [1.0]), teacher_ids=columns)

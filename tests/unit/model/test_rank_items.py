@@ -1,0 +1,67 @@
+"""Beam search over items against scoring every item of the trie by itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from posttrain.data.token_trie import TokenTrie
+from posttrain.model.load import load_decoder
+from posttrain.model.rank_items import rank_items
+from tiny import tiny_model
+
+PROMPTS = [(5, 6, 7), (9,), (8, 8, 8, 8, 8, 8)]
+RNG = np.random.default_rng(0)
+PATHS = [(a, b, c) for a in range(20, 24) for b in range(30, 33) for c in range(40, 44) if RNG.random() < 0.6]
+PATHS += [(50,), (51, 30)]
+"""Paths of one to three tokens."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def brute_force(folder: Path, prompt: tuple[int, ...]) -> np.ndarray:
+    """[items] nats, by transformers: at each token a softmax over what may follow there."""
+    model, trie = AutoModelForCausalLM.from_pretrained(folder).eval(), TokenTrie(PATHS)
+    scores = []
+    for path in PATHS:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *path]])).logits[0, len(prompt) - 1 : -1].double()
+        total = 0.0
+        for depth, token in enumerate(path):
+            children = list(trie.children[path[:depth]])
+            total += float(logits[depth, children].log_softmax(0)[children.index(token)])
+        scores.append(total)
+    return np.array(scores)
+
+
+def test_a_beam_that_holds_all_items_is_exact(folder: Path):
+    trie = TokenTrie(PATHS)
+    items, scores = rank_items(load_decoder(folder), PROMPTS, trie, k=len(PATHS), beam=len(PATHS), pack_tokens=32)
+    for prompt, order, found in zip(PROMPTS, items, scores, strict=True):
+        expected = brute_force(folder, prompt)
+        assert order.tolist() == np.argsort(-expected).tolist()
+        np.testing.assert_allclose(found, expected[order], atol=1e-5)
+        assert np.exp(found).sum() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_narrow_beam_keeps_true_scores_of_distinct_items(folder: Path):
+    items, scores = rank_items(load_decoder(folder), PROMPTS, TokenTrie(PATHS), k=3, beam=4)
+    assert items.shape == scores.shape == (3, 3)
+    for prompt, order, found in zip(PROMPTS, items, scores, strict=True):
+        assert len(set(order.tolist())) == 3 and list(found) == sorted(found, reverse=True)
+        np.testing.assert_allclose(found, brute_force(folder, prompt)[order], atol=1e-5)
+
+
+def test_items_of_one_token_are_ranked_by_their_logits(folder: Path):
+    trie = TokenTrie([(token,) for token in range(60, 90)])
+    items, _ = rank_items(load_decoder(folder), PROMPTS, trie, k=5, beam=5)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for prompt, order in zip(PROMPTS, items, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, -1, 60:90]
+        assert order.tolist() == logits.topk(5).indices.tolist()
