@@ -83,6 +83,8 @@ def _check_plugins(config: RunConfig) -> list[str]:
         plugins.append(("rollout.generator", config.rollout.generator))
     if config.tracking.custom:
         plugins.append(("tracking.custom", config.tracking.custom))
+    if config.model.fresh and config.model.fresh.tokenizer:
+        plugins.append(("model.fresh.tokenizer", config.model.fresh.tokenizer))
     problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
     if config.parallel.orchestrator == "verl" and not verl_is_installed():
         problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
@@ -196,7 +198,7 @@ def _check_split(config: RunConfig) -> list[str]:
     from posttrain.model.parallel import unfit
 
     if fresh is not None:
-        shape = fresh_config(**fresh.model_dump(), mlp_size=4 * fresh.hidden_size, max_length=config.data.pack_tokens)
+        shape = fresh_config(**fresh.shape, mlp_size=4 * fresh.hidden_size, max_length=config.data.pack_tokens)
     elif config.model.path and not _check_models(config) and not config.model.revision:
         shape = read_config(str(Path(config.model.path).expanduser()))
     else:
