@@ -73,18 +73,17 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
 
 
 def _check_plugins(config: RunConfig) -> list[str]:
-    scored_by = config.reward.function if config.reward else None
+    scored_by, rollout = config.reward.function if config.reward else None, config.rollout
     plugins = [("reward.function", path) for path in ([scored_by] if isinstance(scored_by, str) else scored_by or ())]
-    if config.rollout.environment:
-        plugins.append(("rollout.environment", config.rollout.environment))
-    if config.rollout.constraint:
-        plugins.append(("rollout.constraint", config.rollout.constraint))
-    if ":" in config.rollout.generator:
-        plugins.append(("rollout.generator", config.rollout.generator))
-    if config.tracking.custom:
-        plugins.append(("tracking.custom", config.tracking.custom))
-    if config.model.fresh and config.model.fresh.tokenizer:
-        plugins.append(("model.fresh.tokenizer", config.model.fresh.tokenizer))
+    fresh = config.model.fresh
+    named = {
+        "rollout.environment": rollout.environment,
+        "rollout.constraint": rollout.constraint,
+        "rollout.generator": rollout.generator if ":" in rollout.generator else None,
+        "tracking.custom": config.tracking.custom,
+        "model.fresh.tokenizer": fresh.tokenizer if fresh else None,
+    }
+    plugins += [(key, path) for key, path in named.items() if path]
     problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
     if config.parallel.orchestrator == "verl" and not verl_is_installed():
         problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.data.token_trie import Slate, TokenTrie
+from posttrain.data.tokenizer import BaseHFModelTokenizer
 
 PATHS = [(10, 20, 30), (10, 20, 31), (10, 21, 30), (11, 20, 30), (11, 22, 32), (12, 23, 33)]
 """Six items; 12 leads to one alone."""
@@ -39,3 +40,8 @@ def nothing(folder: Path) -> Nothing:
 
 def no_constraint(folder: Path) -> object:
     return object()
+
+
+def served_slates(folder: Path) -> Slate:
+    """slates() with the stop token of the folder's tokenizer."""
+    return Slate(TokenTrie(PATHS), size=3, stop_id=BaseHFModelTokenizer(folder).stop_id)

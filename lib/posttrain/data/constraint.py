@@ -35,7 +35,9 @@ def load_constraint(path: str, folder: str | Path) -> Constraint:
     """
     made = resolve(path, key="rollout.constraint")(Path(folder))
     if not callable(getattr(made, "allowed", None)):
-        raise ConfigError(f"rollout.constraint: {path} made a {type(made).__name__} without `allowed(prompt, completion)`")
+        raise ConfigError(
+            f"rollout.constraint: {path} made a {type(made).__name__} without `allowed(prompt, completion)`"
+        )
     return made
 
 

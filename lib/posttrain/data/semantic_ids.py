@@ -197,7 +197,9 @@ def _nearest(points: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.nd
 def _in_order(items: Sequence[int], embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     numbers = np.asarray(items, np.int64)
     if embeddings.ndim != 2 or len(numbers) != len(embeddings) or len(np.unique(numbers)) != len(numbers):
-        raise DataError(f"{len(numbers)} items, each once, need embeddings [{len(numbers)}, dim], not {embeddings.shape}")
+        raise DataError(
+            f"{len(numbers)} items, each once, need embeddings [{len(numbers)}, dim], not {embeddings.shape}"
+        )
     _check(embeddings, embeddings.shape[1])
     order = np.argsort(numbers)
     return numbers[order], embeddings[order]

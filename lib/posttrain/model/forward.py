@@ -189,7 +189,8 @@ def _targets(batch: Batch) -> Tensor:
 
 def _output(logprobs: Tensor, entropy: Tensor, batch: Batch) -> Output:
     if batch.allowed_ids is not None:
-        return Output(**dict(zip(("logprobs", "entropy"), renormalised(logprobs, batch.allowed_ids, entropy))))
+        among, spread = renormalised(logprobs, batch.allowed_ids, entropy)
+        return Output(logprobs=among, entropy=spread)
     rest = logprobs[:, 1:] if logprobs.shape[1] > 1 else None
     return Output(logprobs=logprobs[:, 0], entropy=entropy, teacher_logprobs=rest)
 

@@ -35,8 +35,11 @@ def rank_items(
     k, beam = min(k, len(trie)), max(beam, k)
     beams: list[Beam] = [[(0.0, ())] for _ in prompts]
     while open_ends := [(p, b) for p, found in enumerate(beams) for _, b in found if b not in trie.items]:
-        after = dict(zip(open_ends, _children(model, prompts, open_ends, trie, pack_tokens), strict=True))
-        beams = [_next(found, {b: after[p, b] for _, b in found if (p, b) in after}, beam) for p, found in enumerate(beams)]
+        after: list[dict[Path, Beam]] = [{} for _ in prompts]
+        steps = _children(model, prompts, open_ends, trie, pack_tokens)
+        for (prompt, begun), found in zip(open_ends, steps, strict=True):
+            after[prompt][begun] = found
+        beams = [_next(found, steps, beam) for found, steps in zip(beams, after, strict=True)]
     items = [[trie.items[path] for _, path in found[:k]] for found in beams]
     return np.array(items, np.int64).reshape(-1, k), np.array([[score for score, _ in f[:k]] for f in beams])
 
@@ -64,8 +67,9 @@ def _children(
         assert rows is not None, "the children's columns stand beside the target's"
         for i, row in zip(members, rows.double().cpu(), strict=True):
             children = trie.children[asked[places[i]][1]]
-            among = row[: len(children)].log_softmax(0).tolist()
-            found[places[i]] = [(score, (token,)) for score, token in zip(among, children, strict=True)]
+            among = row[: len(children)]
+            scores = (among - among.logsumexp(0)).tolist()
+            found[places[i]] = [(score, (token,)) for score, token in zip(scores, children, strict=True)]
     return found
 
 

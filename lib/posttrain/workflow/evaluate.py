@@ -61,7 +61,7 @@ class Evaluator:
             "failed_rows": len(self.prompts) - len(both),
             "samples": samples,
             **reward_measures(greedy, drawn, passes=passes),
-            "parts": _parts(drawn),
+            "parts": part_means(drawn),
             "examples": [_example(group[0]) for group in greedy[:8]],
         }
         if per_row is not None:
@@ -109,6 +109,13 @@ def row_rewards(groups: Sequence[Group]) -> dict[str, float]:
     return {str(group[0].prompt.uid): fmean(_rewards(group)) for group in groups}
 
 
+def part_means(groups: Sequence[Group]) -> dict[str, float]:
+    """Means of the named parts of the rewards, over the completions that have them."""
+    every = [rollout.parts for group in groups for rollout in group]
+    names = sorted(set().union(*every) - {"reward"})
+    return {name: round(fmean(parts[name] for parts in every if name in parts), 4) for name in names}
+
+
 def by_slice(
     greedy: Sequence[Group], drawn: Sequence[Group], column: str, *, passes: bool
 ) -> dict[str, dict[str, float]]:
@@ -135,13 +142,6 @@ def last_user_text(row: dict[str, Any]) -> str:
 
 def _mean_reward(groups: Sequence[Group]) -> float:
     return fmean(reward for group in groups for reward in _rewards(group))
-
-
-def _parts(groups: Sequence[Group]) -> dict[str, float]:
-    """Means of the named parts of the rewards, over the completions that have them."""
-    every = [rollout.parts for group in groups for rollout in group]
-    names = sorted(set().union(*every) - {"reward"})
-    return {name: round(fmean(parts[name] for parts in every if name in parts), 4) for name in names}
 
 
 def _rewards(group: Group) -> list[float]:

@@ -1,4 +1,4 @@
-"""Constrained sampling by the embedded generator: only what is allowed, at the probability that the trainer gives it."""
+"""Constrained sampling by the embedded generator: only what is allowed, at the trainer's probability."""
 
 from pathlib import Path
 
