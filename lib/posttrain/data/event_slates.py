@@ -152,8 +152,7 @@ class Members:
 
 def read_slate(text: str, ids: SemanticIds) -> list[int]:
     """Items of a slate's text, -1 for a name that is no item's; at most SIZE."""
-    length = ids.codes.shape[1]
-    named = {ids.tokens(item): item for item in ids.items.tolist()}
+    length, named = ids.codes.shape[1], _named(ids)
     found = re.findall(r"<[^<>]*>", text)
     return [named.get(tuple(found[i : i + length]), -1) for i in range(0, len(found), length)][:SIZE]
 
@@ -185,6 +184,11 @@ def judged(row: Row, slate: list[int], rng: np.random.Generator) -> dict[str, fl
         "too_long": -max(0.0, float(long) - LONG_SHARE),
         "invalid": -(SIZE - len(items)) / SIZE,
     }
+
+
+@lru_cache(maxsize=4)
+def _named(ids: SemanticIds) -> dict[tuple[str, ...], int]:
+    return {ids.tokens(item): item for item in ids.items.tolist()}
 
 
 def _drawn(seed: int, stream: int) -> list[tuple[int, int]]:

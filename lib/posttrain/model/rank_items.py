@@ -13,10 +13,13 @@ import numpy as np
 import torch
 
 from posttrain.data.batch import collate
+from posttrain.data.item_tokens import ItemTokens
 from posttrain.data.pack import plan
 from posttrain.data.sample import shift
-from posttrain.data.token_trie import Path, TokenTrie
-from posttrain.data.types import Pack, Sample
+from posttrain.data.token_trie import Path, TokenTrie, trie_of
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.types import Pack, Row, Sample
+from posttrain.errors import DataError, RowError
 from posttrain.model.forward import forward
 
 Beam = list[tuple[float, Path]]
@@ -42,6 +45,46 @@ def rank_items(
         beams = [_next(found, steps, beam) for found, steps in zip(beams, after, strict=True)]
     items = [[trie.items[path] for _, path in found[:k]] for found in beams]
     return np.array(items, np.int64).reshape(-1, k), np.array([[score for score, _ in f[:k]] for f in beams])
+
+
+def path_scores(
+    model: Any,
+    tokenizer: BaseHFModelTokenizer,
+    rows: Sequence[Row],
+    items: ItemTokens,
+    catalogue: Sequence[int],
+    *,
+    pack_tokens: int,
+    beam: int = 50,
+) -> np.ndarray:
+    """log p of the `beam` likeliest items of the catalogue, whatever their names' length, [N, C] float32, nats; -inf
+    for the others, and for one without a name. What item_scores() does for names of one token.
+
+    Args:
+        rows: of events.rows(); N counts their `asked` answers, in order.
+
+    Raises:
+        DataError: a row that cannot be tokenised, or a name of tokens that the tokenizer has not.
+    """
+    named = [column for column, item in enumerate(catalogue) if _has_name(items, item)]
+    trie = trie_of([items.tokens(catalogue[column]) for column in named], tokenizer.hf.get_vocab())
+    prompts: list[Sequence[int]] = []
+    for row, encoded in zip(rows, tokenizer.conversations(rows, "all"), strict=True):
+        if isinstance(encoded, RowError):
+            raise DataError(f"a row of events cannot be ranked: {encoded}")
+        answers = np.flatnonzero(np.diff(encoded.loss_mask > 0, prepend=False) & (encoded.loss_mask > 0))
+        prompts += [encoded.token_ids[: answers[place]].tolist() for place in row["asked"]]
+    found = np.full((len(prompts), len(catalogue)), -np.inf, np.float32)
+    ranked, scores = rank_items(model, prompts, trie, k=beam, beam=beam, pack_tokens=pack_tokens)
+    np.put_along_axis(found, np.array(named, np.int64)[ranked], scores.astype(np.float32), axis=1)
+    return found
+
+
+def _has_name(items: ItemTokens, item: int) -> bool:
+    try:
+        return bool(items.tokens(item))
+    except KeyError:
+        return False
 
 
 def _next(found: Beam, after: dict[Path, Beam], beam: int) -> Beam:

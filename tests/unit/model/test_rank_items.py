@@ -7,9 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from posttrain.data.token_trie import TokenTrie
+from posttrain.data.token_trie import TokenTrie, trie_of
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.train_tokenizer import word_tokenizer
+from posttrain.model.build import build_model, fresh_config
 from posttrain.model.load import load_decoder
-from posttrain.model.rank_items import rank_items
+from posttrain.model.rank_items import path_scores, rank_items
 from tiny import tiny_model
 
 PROMPTS = [(5, 6, 7), (9,), (8, 8, 8, 8, 8, 8)]
@@ -65,3 +68,29 @@ def test_items_of_one_token_are_ranked_by_their_logits(folder: Path):
         with torch.no_grad():
             logits = model(torch.tensor([prompt])).logits[0, -1, 60:90]
         assert order.tolist() == logits.topk(5).indices.tolist()
+
+
+class Named:
+    """Five items of two tokens; item 9 has no name."""
+
+    vocabulary = ("<a_0>", "<a_1>", "<b_0>", "<b_1>", "<b_2>")
+
+    def tokens(self, item: int) -> tuple[str, ...]:
+        return {0: ("<a_0>", "<b_0>"), 1: ("<a_0>", "<b_1>"), 2: ("<a_1>", "<b_0>"), 3: ("<a_1>", "<b_2>")}[item]
+
+
+def test_each_asked_answer_of_a_row_is_ranked_by_what_stands_before_it(tmp_path: Path):
+    size = word_tokenizer(("<next>", *Named.vocabulary), tmp_path)
+    shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 64, "max_length": 64}
+    build_model(tmp_path, fresh_config(vocab_size=size, **shape), seed=0)
+    tokenizer, model = BaseHFModelTokenizer(tmp_path), load_decoder(tmp_path)
+    said = [("user", "<next>"), ("assistant", "<a_0><b_1>"), ("user", "<next>"), ("assistant", "<a_1><b_2>")]
+    messages = [{"role": role, "content": content, "weight": 0} for role, content in said]
+    rows = [{"messages": messages, "asked": [1]}, {"messages": messages, "asked": [0, 1]}]
+    found = path_scores(model, tokenizer, rows, Named(), (3, 9, 0, 1, 2), pack_tokens=64)
+    assert found.shape == (3, 5) and np.isneginf(found[:, 1]).all()
+    np.testing.assert_array_equal(found[0], found[2])
+    trie = trie_of([Named().tokens(item) for item in range(4)], tokenizer.hf.get_vocab())
+    for row, asked in ((found[1], messages[:1]), (found[2], messages[:3])):
+        items, scores = rank_items(model, [tokenizer.prompt(asked)], trie, k=4, beam=4)
+        np.testing.assert_allclose(row[[2, 3, 4, 0]][items[0]], scores[0], atol=1e-6)
