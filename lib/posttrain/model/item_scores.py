@@ -49,8 +49,9 @@ def item_scores(
         hidden = model(collate(pack, pack_tokens=pack_tokens).to(weight.device))
         start = 0
         for i in members:
-            scores = (hidden[start + torch.tensor(at[i], device=weight.device)] @ weight.T).float().log_softmax(-1)
-            found[ends[i] : ends[i + 1], columns] = scores.cpu().numpy()
+            scores = (hidden[start + torch.tensor(at[i], device=weight.device)] @ weight.T).float()
+            logprobs = scores - scores.logsumexp(-1, keepdim=True)
+            found[ends[i] : ends[i + 1], columns] = logprobs.cpu().numpy()
             start += len(samples[i])
     return found
 
