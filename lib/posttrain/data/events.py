@@ -81,13 +81,19 @@ def check_events(table: pa.Table, schema: EventSchema, *, where: str) -> pa.Tabl
 
 
 def rows(
-    table: pa.Table, schema: EventSchema, *, before: datetime | None = None, after: datetime | None = None
+    table: pa.Table,
+    schema: EventSchema,
+    *,
+    before: datetime | None = None,
+    after: datetime | None = None,
+    unnamed: bool = False,
 ) -> Iterator[Row]:
     """Conversations of every member of a checked table, in the order of members and time.
 
     Args:
         before: events at this time or later are left out; UTC.
         after: events before this time are read, and not trained; UTC.
+        unnamed: rows too in which no item that is asked for has a name: nothing to train on, but to be ranked.
 
     Yields:
         messages, as above; member; items, one for each answer; asked, the answers whose event is to be predicted,
@@ -101,7 +107,7 @@ def rows(
         start = low if after is None else low + int(np.searchsorted(events.time[low:high], first))
         for begin, target, stop in _windows(low, start, high, events.opens, schema.max_events):
             asked = [i for i in range(target, stop) if events.asked[i]]
-            if any(events.named[i] for i in asked):
+            if any(unnamed or events.named[i] for i in asked):
                 yield events.row(begin, asked[-1] + 1, asked, train_outcome=schema.train_outcome)
 
 
