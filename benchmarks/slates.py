@@ -26,7 +26,7 @@ from posttrain.data.train_tokenizer import word_tokenizer
 from posttrain.data.types import Row
 
 SFT: dict[str, Any] = {"base": str(ROOT / "configs" / "events_sft.yaml"), "optim.num_steps": 300}
-BEAM = 48
+BEAM = 32
 
 
 def semantic(seed: int) -> ItemTokens:
@@ -128,7 +128,7 @@ def _ndcg(uri: str, seed: int, ids: ItemTokens) -> dict[str, float]:
     gains: dict[str, list[float]] = {"cold": [], "known": []}
     visits = event_slates.visits(seed, after=True)
     taken = [event_slates.history(seed, member)[place] for member, place in visits]
-    chosen = [i for kind in (True, False) for i in [n for n, e in enumerate(taken) if world.cold[e.item] == kind][:300]]
+    chosen = [i for kind in (True, False) for i in [n for n, e in enumerate(taken) if world.cold[e.item] == kind][:200]]
     prompts = [tokenizer.prompt(event_slates.visit(seed, *visits[i], ids)["messages"]) for i in chosen]
     ranked, _ = rank_items(load_decoder(folder), prompts, trie, k=BEAM, beam=BEAM)
     for i, order in zip(chosen, ranked.tolist(), strict=True):

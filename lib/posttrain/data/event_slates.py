@@ -100,7 +100,7 @@ def prompts(seed: int, count: int = 2048) -> list[Row]:
     return [visit(seed, *each, item_ids(seed)) for each in _drawn(seed, 7)[:count]]
 
 
-def held_out(seed: int, count: int = 192) -> list[Row]:
+def held_out(seed: int, count: int = 128) -> list[Row]:
     """The first visit of members after the cutoff."""
     first = dict(reversed(visits(seed, after=True)))
     return [visit(seed, *each, item_ids(seed)) for each in sorted(first.items())[:count]]
@@ -162,14 +162,14 @@ def judged(row: Row, slate: list[int], rng: np.random.Generator) -> dict[str, fl
 
     engagement: sum over places of DISCOUNT ** place times the VALUE of what the member did, mean of VISITS.
     diversity: DIVERSITY times the mean of 1 - cosine of two items' embeddings.
-    repeats: minus the share of items that the member has played before.
+    repeats: minus the share of items that the member has played in the events that the prompt tells.
     too_long: minus what the share of items longer than LONG_MINUTES exceeds LONG_SHARE by.
     invalid: minus the share of places without an item, or with one that the slate has already.
     """
     truth, events = world(row["world"]), history(row["world"], row["member"])
     past, now = events[: row["place"]], events[row["place"]].time
     items = list(dict.fromkeys(item for item in slate if item >= 0))
-    seen = {event.item for event in past if event.action != "skip"}
+    seen = {event.item for event in past[1 - HISTORY :] if event.action != "skip"}
     worth = [
         sum(DISCOUNT**place * VALUE[each.action] for place, each in enumerate(shown))
         for shown in (truth.respond(row["member"], past, items, rng, now) for _ in range(VISITS))
