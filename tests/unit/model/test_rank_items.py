@@ -1,5 +1,6 @@
 """Beam search over items against scoring every item of the trie by itself."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@lru_cache(maxsize=1)
+def theirs(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 def brute_force(folder: Path, prompt: tuple[int, ...]) -> np.ndarray:
     """[items] nats, by transformers: at each token a softmax over what may follow there."""
-    model, trie = AutoModelForCausalLM.from_pretrained(folder).eval(), TokenTrie(PATHS)
+    model, trie = theirs(folder), TokenTrie(PATHS)
     scores = []
     for path in PATHS:
         with torch.no_grad():
@@ -63,7 +69,7 @@ def test_a_narrow_beam_keeps_true_scores_of_distinct_items(folder: Path):
 def test_items_of_one_token_are_ranked_by_their_logits(folder: Path):
     trie = TokenTrie([(token,) for token in range(60, 90)])
     items, _ = rank_items(load_decoder(folder), PROMPTS, trie, k=5, beam=5)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = theirs(folder)
     for prompt, order in zip(PROMPTS, items, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt])).logits[0, -1, 60:90]
