@@ -78,6 +78,9 @@ class EventSchema:
     train_outcome: bool = False
     """The outcome belongs to the answer, and carries loss with the item: one model says what is taken, and what comes
     of it."""
+    labels: tuple[str, ...] = ()
+    """Columns of numbers whose value at the last answer's event a row keeps under its name: what score heads learn,
+    by `method: {name: reward, kind: ratings, attributes: ...}`."""
     session_minutes: float = 180
     """A longer pause begins a session."""
     max_events: int = 64
@@ -86,6 +89,8 @@ class EventSchema:
 
     def __post_init__(self):
         names = [each.column for each in (*self.context, *self.outcome)]
+        if reserved := {"messages", "member", "items", "asked"}.intersection(self.labels):
+            raise DataError(f"labels name {', '.join(sorted(reserved))}, which rows hold already; rename the column")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"the fields name {', '.join(twice)} twice; tokens say what was, not where it stands")
 
@@ -99,4 +104,4 @@ class EventSchema:
     def columns(self) -> list[str]:
         """Those that a table must have."""
         fields = [each.column for each in (*self.context, *self.outcome) if each.column not in DERIVED]
-        return list(dict.fromkeys(["member", "time", "item", *fields, *self.trained]))
+        return list(dict.fromkeys(["member", "time", "item", *fields, *self.trained, *self.labels]))

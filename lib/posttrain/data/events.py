@@ -69,6 +69,9 @@ def check_events(table: pa.Table, schema: EventSchema, *, where: str) -> pa.Tabl
     for name, (fits, kind) in kinds.items():
         if not fits(columns[name].type):
             raise DataError(f"{where}: column {name} is {columns[name].type}, not {kind}. Fix: cast or number it")
+    for name in schema.labels:
+        if not pa.types.is_integer(columns[name].type) and not pa.types.is_floating(columns[name].type):
+            raise DataError(f"{where}: the label {name} is {columns[name].type}, no number. Fix: cast it")
     for name, column in columns.items():
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
@@ -97,7 +100,7 @@ def rows(
 
     Yields:
         messages, as above; member; items, one for each answer; asked, the answers whose event is to be predicted,
-        those included whose item has no name and so no loss.
+        those included whose item has no name and so no loss; the schema's labels, of the last answer.
     """
     if before is not None:
         table = table.filter(pc.less(table["time"], pa.scalar(before, pa.timestamp("us"))))
@@ -132,6 +135,7 @@ class _Events:
     """bool, of an action that is trained."""
     named: np.ndarray
     """bool, the item has a name."""
+    labels: dict[str, list[float]]
 
     def row(self, begin: int, stop: int, asked: Sequence[int], *, train_outcome: bool) -> Row:
         messages: list[dict[str, Any]] = []
@@ -147,6 +151,7 @@ class _Events:
             "member": member.item() if isinstance(member, np.generic) else member,
             "items": self.item[begin:stop],
             "asked": [i - begin for i in asked],
+            **{name: values[stop - 1] for name, values in self.labels.items()},
         }
 
 
@@ -185,6 +190,7 @@ def _write(table: pa.Table, schema: EventSchema) -> _Events:
         opens=opens,
         asked=asked,
         named=np.array([names[number] != OTHER_ITEM for number in item], bool),
+        labels={name: table[name].to_pylist() for name in schema.labels},
     )
 
 

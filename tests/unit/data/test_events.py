@@ -228,3 +228,21 @@ def test_transformers_opens_the_tokenizer_and_writes_a_word_a_token(tokenizer):
 def test_a_vocabulary_of_bad_words_is_refused(tmp_path, words):
     with pytest.raises(DataError, match="of a vocabulary is"):
         word_tokenizer(words, tmp_path)
+
+
+def test_labels_of_the_last_answer_become_what_score_heads_learn(tokenizer):
+    schema = make_schema(labels=("minutes",))
+    events = table((1, 0, 1, "finish"), (1, 1, 2, "finish"), (1, 2, 2, "skip"), minutes=[3.0, 40.5, 0.0])
+    (row,) = rows(check_events(events, schema, where="x"), schema)
+    assert row["minutes"] == 40.5
+    read = RowReader(wanted="conversation", keep=("minutes",))(json.loads(json.dumps(row)))
+    encoder = Encoder(tokenizer, wanted="conversation", pack_tokens=64, scored=True, ratings=("minutes",))
+    (((sample,),),) = encoder([read])
+    assert sample.fields == {"minutes": 40.5} and sample.input_ids[-1] == tokenizer.stop_id
+
+
+def test_a_label_that_is_no_number_or_hides_what_rows_hold_is_refused():
+    with pytest.raises(DataError, match="the label action is string, no number"):
+        check_events(table((1, 0, 1, "finish")), make_schema(labels=("action",)), where="x")
+    with pytest.raises(DataError, match="labels name items"):
+        make_schema(labels=("items",))
