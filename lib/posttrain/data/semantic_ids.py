@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,8 +101,8 @@ class SemanticIds:
 
     def save(self, folder: str | Path) -> None:
         """Write FILE into a model's folder."""
-        body = {name: _written(getattr(self, name)) for name in ("codebooks", "items", "codes")}
-        body |= {"last_codes": self.last_codes}
+        body: dict[str, Any] = {name: _written(getattr(self, name)) for name in ("codebooks", "items", "codes")}
+        body["last_codes"] = self.last_codes
         made = {"format": FORMAT, "sha256": _digest(body), **body}
         Path(folder, FILE).write_text(json.dumps(made) + "\n")
 

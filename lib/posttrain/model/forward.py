@@ -58,7 +58,8 @@ def forward(model: Decoder, batch: Batch, *, temperature: float = 1.0, with_logp
     targets = _targets(_held(batch).rows(mine))
     found = logprobs_and_entropy(rows, model.output_head.weight, targets, head)
     _release(model)
-    return replace(_output(*map(whole, found), batch), values=values, scores=scores)
+    logprobs, entropy = map(whole, found)
+    return replace(_output(logprobs, entropy, batch), values=values, scores=scores)
 
 
 def loss_sum(
