@@ -87,7 +87,7 @@ def run_flow(seed: int, folder: str, changes: Sequence[str] = ()) -> str:
         command = [*flow, *words, "run", "--run-id-file", str(run_id)]
         subprocess.run(command, cwd=folder, check=True, stdout=log, stderr=subprocess.STDOUT)
     namespace(None)
-    return Run(f"SFTFlow/{run_id.read_text()}").data.exported["uri"]
+    return Run(f"SFTFlow/{run_id.read_text()}")["end"].task.data.exported["uri"]  # pyright: ignore
 
 
 def measure(seed: int, folder: str, changes: Sequence[str]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def measure(seed: int, folder: str, changes: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--config-value", action="append", default=[], help="change of the config; for trying")
     parser.add_argument("--out", default=None)

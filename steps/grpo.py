@@ -10,7 +10,7 @@ from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
 from posttrain.data.advantage import advantages_of
-from posttrain.data.constraint import load_constraint
+from posttrain.data.constraint import constraint_of, load_constraint
 from posttrain.model.losses import Loss
 from posttrain.model.losses.policy_gradient import (
     ClippedLoss,
@@ -85,7 +85,7 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
     adapters = adapters_apart(config, build.lora)
     facts = {"resources": resources, "count": config.rollout.generators, "adapters": adapters}
     parts = await rollout_parts(config, **uris_of_parts, **facts)
-    rule = config.rollout.constraint
+    rule = constraint_of(config.rollout.environment)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
     kept = RolloutFile(folder_of(root))
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), kept, *observers])

@@ -5,6 +5,7 @@ import json
 import sys
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from posttrain.compute.generator.vllm import vllm_is_installed
 from posttrain.compute.verl_workers import INSTALL, verl_is_installed
 from posttrain.config import GRPO, Distill, Origin, RunConfig
 from posttrain.config_file import RECIPES
+from posttrain.data.constraint import KEY, constraint_of
 from posttrain.data.source import check_source
 from posttrain.errors import ConfigError, ModelError, PosttrainError
 from posttrain.manifest import json_sha256
@@ -78,12 +80,14 @@ def _check_plugins(config: RunConfig) -> list[str]:
     fresh = config.model.fresh
     named = {
         "rollout.environment": rollout.environment,
-        "rollout.constraint": rollout.constraint,
         "rollout.generator": rollout.generator if ":" in rollout.generator else None,
         "tracking.custom": config.tracking.custom,
         "model.fresh.tokenizer": fresh.tokenizer if fresh else None,
     }
-    plugins += [(key, path) for key, path in named.items() if path]
+    rule = None
+    with suppress(ConfigError):  # that there is no such environment is told below
+        rule = constraint_of(rollout.environment)
+    plugins += [(key, path) for key, path in {**named, KEY: rule}.items() if path]
     problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
     if config.parallel.orchestrator == "verl" and not verl_is_installed():
         problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
@@ -97,8 +101,8 @@ def _check_plugins(config: RunConfig) -> list[str]:
             continue
         if not callable(found):
             problems.append(f"{key}: {path} is a {type(found).__name__}, not something to call")
-        elif key == "rollout.generator" and config.rollout.constraint and not _takes(found, "constraint"):
-            problems.append(f"rollout.constraint: {path} takes no argument `constraint`, so it would not obey it")
+        elif key == "rollout.generator" and rule and not _takes(found, "constraint"):
+            problems.append(f"{key}: {path} takes no argument `constraint`, and would not obey that of the environment")
     return problems
 
 

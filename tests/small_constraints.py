@@ -45,3 +45,16 @@ def no_constraint(folder: Path) -> object:
 def served_slates(folder: Path) -> Slate:
     """slates() with the stop token of the folder's tokenizer."""
     return Slate(TokenTrie(PATHS), size=3, stop_id=BaseHFModelTokenizer(folder).stop_id)
+
+
+class SlateTask:
+    """One turn under served_slates(), which reward.function scores."""
+
+    constraint = "small_constraints:served_slates"
+
+    async def rollout(self, row, talk) -> None:
+        await talk.turn()
+
+
+class LostConstraint(SlateTask):
+    constraint = "small_constraints:sonnets"

@@ -9,7 +9,7 @@ from posttrain.errors import ConfigError
 from runs import metrics, prepared, result_of, run_step, small_config
 from steps.plan import plan
 
-RULE = {"rollout.constraint": "small_constraints:served_slates"}
+RULE = {"rollout.environment": "small_constraints:SlateTask"}
 
 
 @pytest.mark.slow
@@ -29,11 +29,12 @@ def test_a_run_samples_under_its_constraint_and_trains_the_renormalised_policy(t
 def test_a_generator_that_takes_no_constraint_is_refused_before_the_run(tmp_path: Path):
     stub = "posttrain.compute.generator.stub:StubGenerator"
     config = small_config(**RULE, **{"rollout.generator": stub, "checkpoint.root": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"rollout\.constraint: .*StubGenerator takes no argument `constraint`"):
+    with pytest.raises(ConfigError, match=r"rollout\.generator: .*StubGenerator takes no argument `constraint`"):
         plan(config, flow="F", run_id="1")
 
 
 def test_a_constraint_that_does_not_exist_is_refused_before_the_run(tmp_path: Path):
-    config = small_config(**{"rollout.constraint": "small_constraints:sonnets", "checkpoint.root": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"rollout\.constraint: small_constraints:sonnets: .* has no 'sonnets'"):
+    lost = {"rollout.environment": "small_constraints:LostConstraint", "checkpoint.root": str(tmp_path)}
+    config = small_config(**lost)
+    with pytest.raises(ConfigError, match=r"its constraint: small_constraints:sonnets: .* has no 'sonnets'"):
         plan(config, flow="F", run_id="1")

@@ -1,4 +1,6 @@
-"""Which tokens may follow: a rule that samplers obey and trainers know, as `rollout.constraint` names it.
+"""Which tokens may follow, the actions that an environment knows: a rule that samplers obey and trainers know.
+
+`rollout.environment` names it: its class has the attribute `constraint`, the import path of a function.
 
 A sampler that masks all but the allowed tokens draws from the policy's distribution, renormalised over them. That is
 then the policy: the trainer's logprobs are renormalised over the same sets (model/allowed.py), or every importance
@@ -14,6 +16,8 @@ import numpy as np
 from posttrain.errors import ConfigError, GenerationError
 from posttrain.plugin import resolve
 
+KEY = "rollout.environment, its constraint"
+
 
 class Constraint(Protocol):
     """A pure function of the tokens: sampler and trainer ask it apart, and must be told the same."""
@@ -27,17 +31,24 @@ class Constraint(Protocol):
         ...
 
 
+def constraint_of(environment: str | None) -> str | None:
+    """What load_constraint() takes: the attribute `constraint` of what rollout.environment names; None without one.
+
+    Raises:
+        ConfigError: there is no such environment.
+    """
+    return None if environment is None else getattr(resolve(environment, key="rollout.environment"), "constraint", None)
+
+
 def load_constraint(path: str, folder: str | Path) -> Constraint:
     """Call `package.module:name` with the model's folder, which has the tokenizer and the files beside it.
 
     Raises:
         ConfigError: there is no such name, or what it makes allows nothing.
     """
-    made = resolve(path, key="rollout.constraint")(Path(folder))
+    made = resolve(path, key=KEY)(Path(folder))
     if not callable(getattr(made, "allowed", None)):
-        raise ConfigError(
-            f"rollout.constraint: {path} made a {type(made).__name__} without `allowed(prompt, completion)`"
-        )
+        raise ConfigError(f"{KEY}: {path} made a {type(made).__name__} without `allowed(prompt, completion)`")
     return made
 
 
@@ -49,7 +60,7 @@ def next_tokens(constraint: Constraint, prompt: Sequence[int], completion: Seque
     """
     found = constraint.allowed(prompt, completion)
     if found is not None and not len(found):
-        raise GenerationError(f"rollout.constraint allows no token after the completion {list(completion)}")
+        raise GenerationError(f"the constraint allows no token after the completion {list(completion)}")
     return found
 
 
@@ -74,7 +85,7 @@ def allowed_ids(
         found = next_tokens(constraint, (*prompt, *completion[:start]), completion[start:place])
         if found is not None and token not in found:
             raise GenerationError(
-                f"the generator wrote token {token} after {list(completion[start:place])}, where rollout.constraint "
+                f"the generator wrote token {token} after {list(completion[start:place])}, where the constraint "
                 f"allows {list(found)[:8]}: it does not obey it, and nothing it wrote can be trained on"
             )
         sets.append(() if found is None else found)

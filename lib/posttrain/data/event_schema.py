@@ -4,7 +4,7 @@ An event is what the service knows before it (`context`), the item that the memb
 (`outcome`). A member's events are then a conversation: the service speaks as `user`, and the item is the answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,10 +53,17 @@ class Field:
     def codes(self, column: pa.ChunkedArray | pa.Array) -> np.ndarray:
         """[N] int64, which of `tokens` each value is; -1 for one that is none of them, or no number."""
         if self.values:
-            found = pc.index_in(pc.cast(column, pa.string()), value_set=pa.array(self.values))
-            return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+            found = places(column, self.values)
+            return np.where(np.isnan(found), -1, found).astype(np.int64)
         numbers = pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
         return np.where(np.isnan(numbers), -1, np.searchsorted(self.edges, numbers, side="right"))
+
+
+def places(column: pa.ChunkedArray | pa.Array, values: Sequence[str]) -> np.ndarray:
+    """[N] float64, which of `values` each of a column is, as text; NaN for one that is none of them."""
+    options = pc.SetLookupOptions(value_set=pa.array(values, pa.string()))
+    found = pc.call_function("index_in", [pc.cast(column, pa.string())], options)
+    return pc.cast(found, pa.float64()).to_numpy(zero_copy_only=False)
 
 
 @dataclass(frozen=True, kw_only=True)

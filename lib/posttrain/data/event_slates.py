@@ -131,7 +131,7 @@ def visit(seed: int, member: int, place: int, ids: ItemTokens) -> Row:
 
 
 def slates(folder: Path) -> Slate:
-    """The rollout.constraint: SIZE distinct items of the semantic IDs beside the model, then the end of the turn."""
+    """The constraint: SIZE distinct items of the semantic IDs beside the model, then the end of the turn."""
     from posttrain.data.token_trie import Slate, trie_of
     from posttrain.data.tokenizer import BaseHFModelTokenizer
 
@@ -142,6 +142,8 @@ def slates(folder: Path) -> Slate:
 
 class Members:
     """The rollout.environment: reads `world`, `member` and `place` of the row, and shows the slate to that member."""
+
+    constraint = "posttrain.data.event_slates:slates"
 
     async def rollout(self, row: Row, talk: Talk) -> dict[str, float]:
         """One visit, simulated VISITS times; see judged()."""

@@ -39,7 +39,7 @@ def world_and_events(seed: int) -> tuple[World, pa.Table]:
 def plain_items(seed: int) -> PlainItems:
     """Names of the items that occur before the cutoff: what a vocabulary of plain ids can know."""
     world, events = world_and_events(seed)
-    early = events.filter(pc.less(events["time"], pa.scalar(world.cutoff, pa.timestamp("us"))))
+    early = events.filter(pc.field("time") < pa.scalar(world.cutoff, pa.timestamp("us")))
     return PlainItems(early["item"].to_pylist())
 
 

@@ -11,6 +11,7 @@ none before it, which they read as history.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from posttrain.data.event_schema import NEXT, OTHER_ITEM, SESSION, EventSchema, Field
+from posttrain.data.event_schema import NEXT, OTHER_ITEM, SESSION, EventSchema, Field, places
 from posttrain.data.files import list_files, machine_cache, open_file
 from posttrain.data.types import Row
 from posttrain.errors import DataError
@@ -74,7 +75,7 @@ def check_events(table: pa.Table, schema: EventSchema, *, where: str) -> pa.Tabl
             raise DataError(f"{where}: the label {name} is {columns[name].type}, no number. Fix: cast it")
     for name, column in columns.items():
         if column.null_count:
-            row = pc.index(pc.is_null(column), True).as_py()
+            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
             raise DataError(f"{where}, row {row}: {name} is null. Fix: fill it, or drop the row")
     for each in (*schema.context, *schema.outcome):
         if each.column in columns:
@@ -103,7 +104,7 @@ def rows(
         those included whose item has no name and so no loss; the schema's labels, of the last answer.
     """
     if before is not None:
-        table = table.filter(pc.less(table["time"], pa.scalar(before, pa.timestamp("us"))))
+        table = table.filter(pc.field("time") < pa.scalar(before, pa.timestamp("us")))
     events = _write(table.sort_by([("member", "ascending"), ("time", "ascending")]), schema)
     first = 0 if after is None else np.datetime64(after, "us")
     for low, high in _runs(events.member):
@@ -172,7 +173,7 @@ def _write(table: pa.Table, schema: EventSchema) -> _Events:
     names = {number: _name(schema, number) for number in set(item)}
     asked = np.ones(len(time), bool)
     for column, values in schema.trained.items():
-        asked &= pc.is_in(pc.cast(table[column], pa.string()), value_set=pa.array(values)).to_numpy()
+        asked &= ~np.isnan(places(table[column], values))
 
     def texts(fields: Sequence[Field]) -> Iterator[str]:
         codes = [each.codes(pa.array(derived[c]) if (c := each.column) in derived else table[c]) for each in fields]
@@ -219,7 +220,7 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     if not len(values):
         return []
     starts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
-    return list(zip(starts, starts[1:], strict=False))
+    return list(pairwise(starts))
 
 
 def _windows(low: int, start: int, high: int, opens: np.ndarray, most: int) -> Iterator[tuple[int, int, int]]:

@@ -35,10 +35,11 @@ def item_scores(
         DataError: a row that cannot be tokenised, or is longer than a pack; or an item of several tokens.
     """
     columns, ids = _columns(tokenizer, items, catalogue)
-    encoded = tokenizer.conversations(rows, "all")
-    if wrong := next((each for each in encoded if isinstance(each, RowError)), None):
-        raise DataError(f"a row of events cannot be ranked: {wrong}")
-    samples = [shift(each.token_ids, each.loss_mask) for each in encoded]
+    samples = []
+    for row, each in zip(rows, tokenizer.conversations(rows, "all"), strict=True):
+        if isinstance(each, RowError):
+            raise DataError(f"the row of member {row['member']} cannot be ranked: {each}")
+        samples.append(shift(each.token_ids, each.loss_mask))
     at = [_asked_positions(sample.loss_mask, row["asked"]) for sample, row in zip(samples, rows, strict=True)]
     ends = np.cumsum([0, *map(len, at)])
     found = np.full((ends[-1], len(catalogue)), -np.inf, np.float32)

@@ -58,7 +58,9 @@ def test_units_of_different_widths_share_a_batch_in_the_order_of_its_loss_rows()
 
 
 def test_a_plug_in_that_allows_nothing_at_all_is_refused():
-    with pytest.raises(ConfigError, match="small_constraints:no_constraint made a object without `allowed"):
+    with pytest.raises(
+        ConfigError, match="environment, its constraint: small_constraints:no_constraint made a object without `allowed"
+    ):
         load_constraint("small_constraints:no_constraint", NOWHERE)
     rule = load_constraint("small_constraints:nothing", NOWHERE)
     with pytest.raises(GenerationError, match=r"allows no token after the completion \[\]"):

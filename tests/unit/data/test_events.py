@@ -15,7 +15,7 @@ from posttrain.data.item_tokens import PlainItems
 from posttrain.data.row_reader import RowReader
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.train_tokenizer import word_tokenizer
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RowError
 
 NOON = datetime(2025, 3, 3, 12)  # a Monday
 
@@ -161,7 +161,7 @@ def test_a_number_that_is_none_is_refused():
 
 def test_a_file_without_a_column_is_refused_and_one_that_is_no_parquet(tmp_path):
     pq.write_table(table((1, 0, 1, "finish")).drop_columns(["device"]), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="no column device; it has member, time, item, action. Fix: rename"):
+    with pytest.raises(DataError, match=r"no column device; it has member, time, item, action\. Fix: rename"):
         read_events(str(tmp_path / "a.parquet"), make_schema())
     (tmp_path / "b.parquet").write_bytes(b"nonsense" * 9)
     with pytest.raises(DataError, match="no sound Parquet"):
@@ -200,8 +200,9 @@ def test_a_row_survives_the_data_engine_and_only_chosen_items_and_their_end_carr
     events = table((1, 0, 1, "finish"), (1, 1, 2, "skip"), (1, 2, 3, "finish"))
     (row,) = rows(events, make_schema())
     read = RowReader(wanted="conversation")(json.loads(json.dumps(row)))
-    ((unit,),) = Encoder(tokenizer, wanted="conversation", pack_tokens=64, prove=1)([read])
-    (sample,) = unit
+    (units,) = Encoder(tokenizer, wanted="conversation", pack_tokens=64, prove=1)([read])
+    assert not isinstance(units, RowError)
+    ((sample,),) = units
     words = tokenizer.hf.convert_ids_to_tokens(sample.target_ids[sample.loss_mask > 0].tolist())
     assert words == ["<item_1>", "<|end|>", "<item_3>", "<|end|>"]
     assert len(sample) + 1 == 3 * 4 + 2  # <session>/<next>, device, item, end; and two outcomes: no other token
@@ -237,7 +238,9 @@ def test_labels_of_the_last_answer_become_what_score_heads_learn(tokenizer):
     assert row["minutes"] == 40.5
     read = RowReader(wanted="conversation", keep=("minutes",))(json.loads(json.dumps(row)))
     encoder = Encoder(tokenizer, wanted="conversation", pack_tokens=64, scored=True, ratings=("minutes",))
-    (((sample,),),) = encoder([read])
+    (units,) = encoder([read])
+    assert not isinstance(units, RowError)
+    ((sample,),) = units
     assert sample.fields == {"minutes": 40.5} and sample.input_ids[-1] == tokenizer.stop_id
 
 
