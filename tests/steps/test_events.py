@@ -41,7 +41,7 @@ def test_a_fresh_model_has_the_vocabulary_of_the_schema_and_trains_on_what_was_p
 
 def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
     config = events_config(**{"model.fresh.tokenizer": "small_events:tokeniser", "checkpoint.root": str(tmp_path)})
-    with pytest.raises(ConfigError, match="model.fresh.tokenizer: small_events:tokeniser: small_events has no"):
+    with pytest.raises(ConfigError, match=r"model\.fresh\.tokenizer: small_events:tokeniser: small_events has no"):
         plan(config, flow="SFTFlow", run_id="1")
 
 
