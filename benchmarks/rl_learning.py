@@ -96,7 +96,7 @@ class Start:
         assert result is not None
         self.trained[cell] = result["model_uri"]
         models = {"before": self.model_uri, "after": result["model_uri"]}
-        found = evaluate(config, tokens_uri=self.tokens_uri, models=models)
+        self.found = found = evaluate(config, tokens_uri=self.tokens_uri, models=models)
         before, after = (found[name]["sampled_reward"] for name in models)
         self.metrics = [json.loads(line) for line in Path(result["metrics"]).read_text().splitlines()]
         steps = self.metrics

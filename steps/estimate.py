@@ -163,7 +163,7 @@ def meta_model(config: RunConfig) -> Decoder:
     """
     fresh = config.model.fresh
     if fresh is not None:
-        shape = fresh.model_dump() | {"mlp_size": 4 * fresh.hidden_size, "max_length": config.data.pack_tokens}
+        shape = fresh.shape | {"mlp_size": 4 * fresh.hidden_size, "max_length": config.data.pack_tokens}
         hf = fresh_config(**shape)
     else:
         assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"

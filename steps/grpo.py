@@ -10,6 +10,7 @@ from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
 from posttrain.data.advantage import advantages_of
+from posttrain.data.constraint import constraint_of, load_constraint
 from posttrain.model.losses import Loss
 from posttrain.model.losses.policy_gradient import (
     ClippedLoss,
@@ -84,6 +85,7 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
     adapters = adapters_apart(config, build.lora)
     facts = {"resources": resources, "count": config.rollout.generators, "adapters": adapters}
     parts = await rollout_parts(config, **uris_of_parts, **facts)
+    rule = constraint_of(config.rollout.environment)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
     kept = RolloutFile(folder_of(root))
     seen = Observers([Terminal("grpo", optim.num_steps, SHOWN), MetricsFile(metrics_uri), kept, *observers])
@@ -97,6 +99,7 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
             weigh_by_sequence=method.weigh == "sequence",
             pack_tokens=config.data.pack_tokens,
             eval_every=config.eval.every_steps,
+            constraint=None if rule is None else load_constraint(rule, storage.fetch(model_uri)),
             credit=_credit(method, temperature=config.rollout.temperature),
             passes=method.epochs,
             sync=weights_way(config, resources),

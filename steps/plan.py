@@ -1,9 +1,11 @@
 """Refuse before anything is paid for: every name in the config resolves, every file is there, the root is writable."""
 
+import inspect
 import json
 import sys
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from posttrain.compute.generator.vllm import vllm_is_installed
 from posttrain.compute.verl_workers import INSTALL, verl_is_installed
 from posttrain.config import GRPO, Distill, Origin, RunConfig
 from posttrain.config_file import RECIPES
+from posttrain.data.constraint import KEY, constraint_of
 from posttrain.data.source import check_source
 from posttrain.errors import ConfigError, ModelError, PosttrainError
 from posttrain.manifest import json_sha256
@@ -72,14 +75,19 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
 
 
 def _check_plugins(config: RunConfig) -> list[str]:
-    scored_by = config.reward.function if config.reward else None
+    scored_by, rollout = config.reward.function if config.reward else None, config.rollout
     plugins = [("reward.function", path) for path in ([scored_by] if isinstance(scored_by, str) else scored_by or ())]
-    if config.rollout.environment:
-        plugins.append(("rollout.environment", config.rollout.environment))
-    if ":" in config.rollout.generator:
-        plugins.append(("rollout.generator", config.rollout.generator))
-    if config.tracking.custom:
-        plugins.append(("tracking.custom", config.tracking.custom))
+    fresh = config.model.fresh
+    named = {
+        "rollout.environment": rollout.environment,
+        "rollout.generator": rollout.generator if ":" in rollout.generator else None,
+        "tracking.custom": config.tracking.custom,
+        "model.fresh.tokenizer": fresh.tokenizer if fresh else None,
+    }
+    rule = None
+    with suppress(ConfigError):  # that there is no such environment is told below
+        rule = constraint_of(rollout.environment)
+    plugins += [(key, path) for key, path in {**named, KEY: rule}.items() if path]
     problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
     if config.parallel.orchestrator == "verl" and not verl_is_installed():
         problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
@@ -93,7 +101,15 @@ def _check_plugins(config: RunConfig) -> list[str]:
             continue
         if not callable(found):
             problems.append(f"{key}: {path} is a {type(found).__name__}, not something to call")
+        elif key == "rollout.generator" and rule and not _takes(found, "constraint"):
+            problems.append(f"{key}: {path} takes no argument `constraint`, and would not obey that of the environment")
     return problems
+
+
+def _takes(made: Any, name: str) -> bool:
+    """Whether what a plug-in makes its object with has an argument of that name."""
+    parameters = inspect.signature(made).parameters.values()
+    return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def _check_sources(config: RunConfig) -> list[str]:
@@ -185,7 +201,7 @@ def _check_split(config: RunConfig) -> list[str]:
     from posttrain.model.parallel import unfit
 
     if fresh is not None:
-        shape = fresh_config(**fresh.model_dump(), mlp_size=4 * fresh.hidden_size, max_length=config.data.pack_tokens)
+        shape = fresh_config(**fresh.shape, mlp_size=4 * fresh.hidden_size, max_length=config.data.pack_tokens)
     elif config.model.path and not _check_models(config) and not config.model.revision:
         shape = read_config(str(Path(config.model.path).expanduser()))
     else:

@@ -21,6 +21,7 @@ from posttrain.manifest import MANIFEST, read_manifest
 from posttrain.model.backend import backend_of
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.heads import FOLDER as HEADS
+from posttrain.plugin import resolve
 from posttrain.workflow.measures import check_slices
 from steps.model_card import LICENCE_FILES, README
 from steps.origin import LINEAGE, locate
@@ -128,6 +129,18 @@ def vocabulary_texts(config: RunConfig, rows: dict[str, list[Row]], sources: Seq
             yield f"{message['role']}\n{message['content'] or ''}\n"
 
 
+def write_tokenizer(config: RunConfig, fresh: FreshModel, folder: Path, texts: Iterator[str]) -> int:
+    """A fresh model's tokenizer: trained on the texts, or what the user's own function writes; its rows of tokens.
+
+    Raises:
+        DataError: what the function wrote is no tokenizer to train with.
+    """
+    if fresh.tokenizer is None:
+        return train_tokenizer(texts, folder, vocab_size=fresh.vocab_size)
+    resolve(fresh.tokenizer, key="model.fresh.tokenizer")(folder, config.seed)
+    return BaseHFModelTokenizer(folder).max_id + 1
+
+
 def model_folder(path: str, revision: str | None, *, suffixes: tuple[str, ...], key: str = "model") -> Path:
     """The model's files that end in one of `suffixes` on this machine, downloaded if they are not.
 
@@ -159,7 +172,7 @@ def _write_model(config: RunConfig, folder: Path, texts: Iterator[str]) -> None:
         size = backend_of("posttrain").shape(teacher).vocab_size
         _copy_text(teacher, folder, but=(LINEAGE,))  # a student writes in its teacher's tokens
     else:
-        size = train_tokenizer(texts, folder, vocab_size=fresh.vocab_size)
+        size = write_tokenizer(config, fresh, folder, texts)
     _build_fresh(config, fresh, folder, vocab_size=size, seed=config.seed)
 
 
@@ -204,9 +217,9 @@ def check_same_tokens(student: Path, teacher: Path, *, backend: str = "posttrain
 
 
 def _build_fresh(config: RunConfig, fresh: FreshModel, folder: Path, *, vocab_size: int, seed: int) -> None:
-    shape = fresh.model_dump(exclude={"vocab_size"})
+    shape = fresh.shape | {"vocab_size": vocab_size}
     shape |= {"mlp_size": 4 * fresh.hidden_size, "max_length": config.data.pack_tokens}
-    build_model(folder, fresh_config(vocab_size=vocab_size, **shape), seed=seed)
+    build_model(folder, fresh_config(**shape), seed=seed)
 
 
 def _copy_text(source: Path, folder: Path, *, but: tuple[str, ...] = ()) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 from posttrain.config import RunConfig
 from posttrain.data.prompts import tokenize_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
-from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.model.backend import backend_of
 from steps.data_report import first_window_report, prompt_report, source_report
 from steps.origin import locate
-from steps.prepare import TEXT_FILES, model_folder, row_sets, vocabulary_texts, write_data
+from steps.prepare import TEXT_FILES, model_folder, row_sets, vocabulary_texts, write_data, write_tokenizer
 from steps.recipes import prompt_sets
 from steps.streams import PROVED_ROWS, make_encoder, pack_stream, record_units, reserved_hashes, stored_sources
 
@@ -36,7 +35,7 @@ def _report(config: RunConfig, root: Path, rows: dict[str, list[Row]]) -> dict[s
         folder, shape = root / "model", None
         folder.mkdir()
         texts = vocabulary_texts(config, rows, sources)
-        train_tokenizer(texts, folder, vocab_size=config.model.fresh.vocab_size)
+        write_tokenizer(config, config.model.fresh, folder, texts)
     else:
         assert config.model.path is not None, "the config's own check lets exactly one of path and fresh through"
         folder = model_folder(locate(config.model.path, config), config.model.revision, suffixes=TEXT_FILES)

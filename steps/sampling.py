@@ -9,6 +9,7 @@ from posttrain.compute.generator.vllm import VllmGenerator
 from posttrain.compute.workers import ActorGroup
 from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
+from posttrain.data.constraint import constraint_of
 from posttrain.data.prompts import read_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.model.lora import ALL_LINEAR, LoRA
@@ -55,6 +56,8 @@ async def rollout_parts(
     assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
     tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
+    if (rule := constraint_of(config.rollout.environment)) is not None:
+        arguments |= {"constraint": rule}
     generators = Generators(
         _generators(config, arguments, resources, count, adapters),
         timeout_s=config.rollout.timeout_s,

@@ -84,7 +84,8 @@ class Rollout(Section):
     """vLLM gives the memory of a GPU back while a policy rank on the same GPU trains: for models that would not fit
     beside it, slower."""
     environment: Plugin | None = None
-    """Your own class with `async def rollout(row, talk)`: episodes of several turns, in the place of one completion."""
+    """Your own class with `async def rollout(row, talk)`: episodes of several turns, in the place of one completion.
+    Its attribute `constraint` may name a rule of which tokens may come next (`posttrain/data/constraint.py`)."""
     prompts_per_step: int = Field(default=64, ge=1)
     """Groups in one optimizer step."""
     temperature: float = Field(default=1.0, gt=0)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config_section import Section
+from posttrain.config_section import Plugin, Section
 
 
 class FreshModel(Section):
@@ -20,6 +20,9 @@ class FreshModel(Section):
     """Key and value heads, shared by groups of query heads."""
     vocab_size: int = Field(default=512, ge=300)
     """Upper bound for the trained tokenizer; the byte alphabet alone takes 259."""
+    tokenizer: Plugin | None = None
+    """Your own function, called with a folder and the run's seed, that writes there what AutoTokenizer opens, as
+    `word_tokenizer()` does; null trains one on the run's texts."""
 
     @model_validator(mode="after")
     def heads_divide(self):
@@ -29,6 +32,11 @@ class FreshModel(Section):
                 f"and num_heads of num_kv_heads={self.num_kv_heads}"
             )
         return self
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The numbers among its keys."""
+        return self.model_dump(exclude={"tokenizer"})
 
 
 class LoRA(Section):

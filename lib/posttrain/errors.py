@@ -33,6 +33,10 @@ class RowError(DataError):
         return self.detail
 
 
+class CodesFullError(DataError):
+    """More items share all codes than a semantic id's last code can tell apart."""
+
+
 class ModelError(PosttrainError, ValueError):
     """A model folder or its tensors are not what the decoder expects."""
 

@@ -39,6 +39,12 @@ def collate(pack: Pack, *, pack_tokens: int) -> Batch:
             rows = np.concatenate([getattr(sample, name) for sample in pack.samples])
             assert len(rows) == len(loss_idx), f"{name} has {len(rows)} rows for {len(loss_idx)} trained tokens"
             extra[name] = torch.from_numpy(rows.astype(dtype))
+    sets = [sample.allowed_ids for sample in pack.samples if sample.allowed_ids is not None]
+    if sets:
+        width = max(len(each[0]) for each in sets)
+        filled = [np.pad(each, ((0, 0), (0, width - len(each[0]))), constant_values=-1) for each in sets]
+        assert sum(map(len, sets)) == len(loss_idx), "a set of allowed tokens for every trained token"
+        extra["allowed_ids"] = torch.from_numpy(np.concatenate(filled).astype(np.int64))
     return Batch(
         input_ids=torch.from_numpy(flat("input_ids", np.int64)),
         target_ids=torch.from_numpy(flat("target_ids", np.int64)),

@@ -44,7 +44,11 @@ class Talk:
 
 
 class Environment(Protocol):
-    """Made once in each process, without arguments; many episodes are under way in it at once."""
+    """Made once in each process, without arguments; many episodes are under way in it at once.
+
+    A class with the attribute `constraint = "package.module:name"` says which tokens the policy may write: see
+    data/constraint.py.
+    """
 
     async def rollout(self, row: Row, talk: Talk) -> float | dict[str, float] | None:
         """Play one episode on a row of the prompts.

@@ -1,9 +1,13 @@
-"""A tokenizer of our own: trained on texts, saved as the folder that AutoTokenizer opens."""
+"""Tokenizers of our own, saved as the folder that AutoTokenizer opens: trained on texts, or made of given words."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from posttrain.errors import DataError
+
 PAD, END_OF_TURN, START_OF_TURN = "<|pad|>", "<|im_end|>", "<|im_start|>"
+END_OF_ANSWER, UNKNOWN = "<|end|>", "<|unknown|>"
 
 
 def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int) -> int:
@@ -35,5 +39,35 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END_OF_TURN)
     fast.chat_template = Path(__file__).with_name("templates").joinpath("chatml.jinja").read_text()
+    fast.save_pretrained(str(folder))
+    return len(fast)
+
+
+def word_tokenizer(words: Iterable[str], folder: str | Path) -> int:
+    """Make a tokenizer whose vocabulary is three control tokens and `words`, in their order; return its size.
+
+    A word is written `<name>` and is one token, with or without spaces around it; anything else is unknown. A
+    conversation is its messages' words, the end of an answer after each of the assistant's: no other token is spent.
+
+    Raises:
+        DataError: a word twice, or one that is not `<name>`.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {PAD: 0, END_OF_ANSWER: 1, UNKNOWN: 2}
+    for word in words:
+        if word in vocabulary or not re.fullmatch(r"<[^<>|\s]+>", word):
+            wrong = "there twice" if word in vocabulary else "no <name> without spaces, '<', '>' and '|'"
+            raise DataError(f"the word {word!r} of a vocabulary is {wrong}; give each its own name, as <item_12>")
+        vocabulary[word] = len(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("<[^<>]*>"), behavior="isolated")]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    special = {"pad_token": PAD, "eos_token": END_OF_ANSWER, "unk_token": UNKNOWN}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.chat_template = Path(__file__).with_name("templates").joinpath("events.jinja").read_text()
     fast.save_pretrained(str(folder))
     return len(fast)

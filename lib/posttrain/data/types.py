@@ -46,6 +46,8 @@ class Sample:
     """[M, K] int32, of the M targets that carry loss alone: the tokens that a teacher held likeliest."""
     teacher_logprobs: np.ndarray | None = None
     """[M, K] float32, nats, what the teacher gave them."""
+    allowed_ids: np.ndarray | None = None
+    """[M, K] int32, of those targets: the tokens that the sampler could choose from, filled up with -1."""
     fields: dict[str, float] = field(default_factory=dict)
     """One number each for the whole document: a label, a reference's logprob, a margin."""
 
@@ -131,6 +133,8 @@ class Batch:
     """[N, K] int64, the tokens that a teacher holds likeliest at each position."""
     teacher_logprobs: Tensor | None = None
     """[N, K] float32, nats, what the teacher gives them."""
+    allowed_ids: Tensor | None = None
+    """[N, K] int64, tokens that the policy may choose from, filled up with -1; a row of -1 is any."""
     fields: dict[str, Tensor] = field(default_factory=dict)
     """[S] float32 each, one number a sample, in the order of doc_id; none for the padded tail."""
     share: Share | None = None
@@ -139,7 +143,7 @@ class Batch:
     def rows(self, chosen: slice | Tensor) -> "Batch":
         """The same batch with its [N] columns cut to `chosen`: what a loss reads of a chunk of loss rows."""
         names = ("loss_idx", "loss_mask", "sampler_logprobs", "ref_logprobs", "advantages")
-        names += ("values", "returns", "teacher_ids", "teacher_logprobs")
+        names += ("values", "returns", "teacher_ids", "teacher_logprobs", "allowed_ids")
         columns = {name: getattr(self, name) for name in names}
         return replace(self, **{name: column[chosen] for name, column in columns.items() if column is not None})
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from posttrain.data.types import Batch
+from posttrain.model.allowed import renormalised
 from posttrain.model.collectives import Group, gather_rows
 from posttrain.model.context import spread
 from posttrain.model.decoder import Decoder
@@ -57,7 +58,8 @@ def forward(model: Decoder, batch: Batch, *, temperature: float = 1.0, with_logp
     targets = _targets(_held(batch).rows(mine))
     found = logprobs_and_entropy(rows, model.output_head.weight, targets, head)
     _release(model)
-    return replace(_output(*map(whole, found)), values=values, scores=scores)
+    logprobs, entropy = map(whole, found)
+    return replace(_output(logprobs, entropy, batch), values=values, scores=scores)
 
 
 def loss_sum(
@@ -152,7 +154,8 @@ def _chunk_loss(
     loss_fn: Loss, batch: Batch, scale: float, sums: dict[str, Tensor]
 ) -> Callable[[slice, Tensor, Tensor], Tensor]:
     def part(rows: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
-        loss, metrics = loss_fn(_output(logprobs, entropy), batch.rows(rows))
+        part_of = batch.rows(rows)
+        loss, metrics = loss_fn(_output(logprobs, entropy, part_of), part_of)
         _add(sums, {"loss": loss, **metrics})
         return scale * loss
 
@@ -178,12 +181,17 @@ def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
 
 
 def _targets(batch: Batch) -> Tensor:
-    """[N, 1 + K] int64: the next token, then those that a teacher names."""
+    """[N, 1 + K] int64: the next token, then those that a teacher names, or that the policy may choose from."""
     column = batch.target_ids[batch.loss_idx, None]
+    if batch.allowed_ids is not None:
+        return torch.cat((column, batch.allowed_ids.clamp(min=0)), dim=1)
     return column if batch.teacher_ids is None else torch.cat((column, batch.teacher_ids), dim=1)
 
 
-def _output(logprobs: Tensor, entropy: Tensor) -> Output:
+def _output(logprobs: Tensor, entropy: Tensor, batch: Batch) -> Output:
+    if batch.allowed_ids is not None:
+        among, spread = renormalised(logprobs, batch.allowed_ids, entropy)
+        return Output(logprobs=among, entropy=spread)
     rest = logprobs[:, 1:] if logprobs.shape[1] > 1 else None
     return Output(logprobs=logprobs[:, 0], entropy=entropy, teacher_logprobs=rest)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain import faults
 from posttrain.data.advantage import Advantages
+from posttrain.data.constraint import Constraint
 from posttrain.data.pack import fill, pack
 from posttrain.data.rollout import group_units
 from posttrain.data.types import Unit
@@ -50,6 +51,8 @@ class Plan:
     weigh_by_sequence: bool
     pack_tokens: int
     eval_every: int
+    constraint: Constraint | None = None
+    """That the generators obey: the policy's distribution is renormalised over what it allows."""
     credit: Credit | None = None
     """What gives every token an advantage of its own."""
     passes: int = 1
@@ -166,7 +169,8 @@ class Controller:
         for group, found in zip(groups, rewards, strict=True):
             assert len(found) == self.plan.group_size, f"group of prompt {group[0].prompt.uid} is not fully scored"
         for group, advantages in zip(groups, self.plan.advantages(rewards), strict=True):
-            units += group_units(group, advantages, by_sequence=self.plan.weigh_by_sequence)
+            how = {"by_sequence": self.plan.weigh_by_sequence, "constraint": self.plan.constraint}
+            units += group_units(group, advantages, **how)
         packs = pack(units, pack_tokens=self.plan.pack_tokens)
         faults.point("controller.before_train")
         credited: Metrics = {}

@@ -44,7 +44,8 @@ class Evaluator:
     async def full(
         self, *, samples: int, passes: bool = True, slice_by: str | None = None, per_row: str | None = None
     ) -> dict[str, Any]:
-        """Greedy reward, mean reward of `samples` draws, mean best of them, pass@k, mean length, and a few rows.
+        """Greedy reward, mean reward of `samples` draws and of its parts, mean best of them, pass@k, mean length, and
+        a few rows.
 
         Args:
             passes: off where a reward of 1 does not mean that the answer is right.
@@ -60,6 +61,7 @@ class Evaluator:
             "failed_rows": len(self.prompts) - len(both),
             "samples": samples,
             **reward_measures(greedy, drawn, passes=passes),
+            "parts": part_means(drawn),
             "examples": [_example(group[0]) for group in greedy[:8]],
         }
         if per_row is not None:
@@ -105,6 +107,13 @@ def reward_measures(greedy: Sequence[Group], drawn: Sequence[Group], *, passes: 
 def row_rewards(groups: Sequence[Group]) -> dict[str, float]:
     """Number of each prompt -> mean reward of its completions."""
     return {str(group[0].prompt.uid): fmean(_rewards(group)) for group in groups}
+
+
+def part_means(groups: Sequence[Group]) -> dict[str, float]:
+    """Means of the named parts of the rewards, over the completions that have them."""
+    every = [rollout.parts for group in groups for rollout in group]
+    names = sorted(set().union(*every) - {"reward"})
+    return {name: round(fmean(parts[name] for parts in every if name in parts), 4) for name in names}
 
 
 def by_slice(

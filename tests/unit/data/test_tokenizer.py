@@ -307,7 +307,7 @@ def test_added_tokens_are_one_id_each_and_survive_saving(copied):
     tokenizer = BaseHFModelTokenizer(copied)
     before, size = tokenizer.fingerprint(), tokenizer.vocab_size
     names = semantic_id_tokens(2, 3)
-    assert names == ["<|sid_0_0|>", "<|sid_0_1|>", "<|sid_0_2|>", "<|sid_1_0|>", "<|sid_1_1|>", "<|sid_1_2|>"]
+    assert names == ["<sid_0_0>", "<sid_0_1>", "<sid_0_2>", "<sid_1_0>", "<sid_1_1>", "<sid_1_2>"]
     assert tokenizer.add_tokens(names) == 6 and tokenizer.add_tokens(names) == 0
     assert (tokenizer.vocab_size, tokenizer.max_id) == (size + 6, size + 5)
     tokenizer.save(copied / "saved")

@@ -1,11 +1,12 @@
 """Rewards of completions become measures: pass@k against the definition, slices against their rows alone."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 
 from posttrain.data.types import Prompt, Rollout
-from posttrain.workflow.evaluate import by_slice, pass_at_k, reward_measures, row_rewards
+from posttrain.workflow.evaluate import by_slice, part_means, pass_at_k, reward_measures, row_rewards
 
 
 @pytest.mark.parametrize("samples", [1, 4, 7])
@@ -43,3 +44,10 @@ def test_the_score_of_a_row_is_the_mean_reward_of_its_completions():
     drawn = [group(3, 1.0, 0.0), group(5, 0.25, 0.75), group(8, 1.0, 1.0)]
     assert row_rewards(drawn) == {"3": 0.5, "5": 0.5, "8": 1.0}
     assert reward_measures(drawn, drawn, passes=False)["sampled_reward"] == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_parts_of_rewards_are_told_by_their_names_over_those_that_have_them():
+    drawn = [[replace(r, parts={"right": r.reward, "length": -0.5} if n else {"right": 1.0}) for n, r in enumerate(g)]
+             for g in (group(0, 1.0, 0.0), group(1, 0.0, 0.5))]  # fmt: skip
+    assert part_means(drawn) == {"length": -0.5, "right": 0.625}
+    assert part_means([group(0, 1.0)]) == {}

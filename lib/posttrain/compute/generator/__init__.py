@@ -37,7 +37,8 @@ class Completion:
 class Generator(Protocol):
     """Holds one copy of the policy's weights and samples from it.
 
-    Made as `cls(model_uri=…, stop_ids=…, pad_id=…)` in a process of its own. A class with the attribute
+    Made as `cls(model_uri=…, stop_ids=…, pad_id=…)` in a process of its own, with `constraint=…` too where the
+    environment has one, which it then obeys (data/constraint.py). A class with the attribute
     `concurrency = N` gets up to N - 1 calls of generate() at once, each for one group, and sync() beside them; one
     without it gets a call at a time, for all groups that wait.
 

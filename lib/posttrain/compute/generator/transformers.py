@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from posttrain import storage
 from posttrain.compute.generator import Completion, Request
 from posttrain.compute.weight_sync import adapter_part, digest
+from posttrain.data.constraint import Constraint, load_constraint, next_tokens
 from posttrain.errors import SyncError
 
 MAX_CACHE_TOKENS = 131_072
@@ -28,14 +29,24 @@ class TransformersGenerator:
     max_adapter_rank: ClassVar[int] = 1 << 16
     """Any: an adapter's two matrices are multiplied with beside those of its Linear."""
 
-    def __init__(self, *, model_uri: str, stop_ids: Sequence[int], pad_id: int, max_batch: int = 512):
+    def __init__(
+        self,
+        *,
+        model_uri: str,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        max_batch: int = 512,
+        constraint: str | None = None,
+    ):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        config = AutoConfig.from_pretrained(str(storage.fetch(model_uri)), local_files_only=True)
+        folder = storage.fetch(model_uri)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(self.device).eval()
         self.stop_ids, self.pad_id, self.max_batch = tuple(stop_ids), pad_id, max_batch
+        self.constraint = None if constraint is None else load_constraint(constraint, folder)
         self.version = -1
         self._adapters: dict[str, Tensor] = {}
         """By the names that they are sent under."""
@@ -109,7 +120,10 @@ class TransformersGenerator:
                 logits_to_keep=1,
             )
             cache = out.past_key_values
-            token, logprob = sample(out.logits[:, -1].float(), noise[:, step].to(self.device), temperature)
+            logits = out.logits[:, -1].float()
+            if self.constraint is not None:
+                _mask(logits, self.constraint, requests, tokens, finished)
+            token, logprob = sample(logits, noise[:, step].to(self.device), temperature)
             tokens.append(torch.where(finished, self.pad_id, token))
             logprobs.append(logprob)
             finished = finished | torch.isin(token, stops) | (limit <= step + 1)
@@ -141,6 +155,20 @@ class TransformersGenerator:
 def _adapted(adapters: Mapping[str, Tensor], a: str, b: str, _: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """What a Linear with an adapter computes: W x + B A x."""
     return output + F.linear(F.linear(inputs[0], adapters[a]), adapters[b])
+
+
+def _mask(
+    logits: Tensor, constraint: Constraint, requests: Sequence[Request], tokens: Sequence[Tensor], finished: Tensor
+) -> None:
+    """Leave of each row of logits [B, V] that goes on what the constraint allows, the others at -inf."""
+    written = torch.stack(list(tokens), 1).tolist() if tokens else [[]] * len(requests)
+    for row, ended in enumerate(finished.tolist()):
+        found = None if ended else next_tokens(constraint, requests[row].token_ids, written[row])
+        if found is not None:
+            index = torch.tensor(found, device=logits.device)
+            kept = logits[row, index]
+            logits[row] = -torch.inf
+            logits[row, index] = kept
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from posttrain import faults, storage
-from posttrain.compute.generator import Completion, Request, vllm_adapters
+from posttrain.compute.generator import Completion, Request, vllm_adapters, vllm_constraint
 from posttrain.compute.generator.vllm_requests import sampling_params
 from posttrain.compute.generator.vllm_start import keep_weights_unpacked, starting_alone
 from posttrain.compute.generator.vllm_steps import Steps
@@ -56,6 +56,7 @@ class VllmGenerator:
         memory_share: float = 0.9,
         can_sleep: bool = False,
         adapters: tuple[int, Sequence[str]] | None = None,
+        constraint: str | None = None,
     ):
         """
         Args:
@@ -63,6 +64,7 @@ class VllmGenerator:
             memory_share: of each GPU's memory, for weights and cache.
             can_sleep: sleep() gives the memory of a GPU back.
             adapters: rank, and names of the modules, of adapters that sync() will bring apart from the weights.
+            constraint: see load_constraint().
 
         Raises:
             ComputeError: vLLM is missing, or does not run this model on this machine.
@@ -72,7 +74,7 @@ class VllmGenerator:
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.stop_ids, self.can_sleep = list(stop_ids), can_sleep and self.device == "cuda"
         self.version, self.asleep, self._paused = -1, False, False
-        self.adapters = adapters
+        self.adapters, self.constraint = adapters, constraint
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._broken: ComputeError | None = None
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
@@ -161,6 +163,7 @@ class VllmGenerator:
                 worker_extension_cls="posttrain.compute.generator.vllm_worker.WeightsWorker",
                 seed=0,
                 **({} if self.adapters is None else vllm_adapters.engine_arguments(*self.adapters)),
+                **({} if self.constraint is None else vllm_constraint.engine_arguments(self.constraint)),
             )
         )
 

@@ -1,0 +1,79 @@
+"""What a model holds of every item at every event that is to be predicted: one softmax over items of one token each."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from posttrain.data.batch import collate
+from posttrain.data.item_tokens import ItemTokens
+from posttrain.data.pack import plan
+from posttrain.data.sample import shift
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.types import Pack, Row
+from posttrain.errors import DataError, RowError
+from posttrain.model.decoder import Decoder
+
+
+@torch.no_grad()
+def item_scores(
+    model: Decoder,
+    tokenizer: BaseHFModelTokenizer,
+    rows: Sequence[Row],
+    items: ItemTokens,
+    catalogue: Sequence[int],
+    *,
+    pack_tokens: int,
+) -> np.ndarray:
+    """log p of each item of the catalogue among those with a name, [N, C] float32; -inf without one.
+
+    Args:
+        rows: of events.rows(); N counts their `asked` answers, in order.
+        items: each of one token.
+
+    Raises:
+        DataError: a row that cannot be tokenised, or is longer than a pack; or an item of several tokens.
+    """
+    columns, ids = _columns(tokenizer, items, catalogue)
+    samples = []
+    for row, each in zip(rows, tokenizer.conversations(rows, "all"), strict=True):
+        if isinstance(each, RowError):
+            raise DataError(f"the row of member {row['member']} cannot be ranked: {each}")
+        samples.append(shift(each.token_ids, each.loss_mask))
+    at = [_asked_positions(sample.loss_mask, row["asked"]) for sample, row in zip(samples, rows, strict=True)]
+    ends = np.cumsum([0, *map(len, at)])
+    found = np.full((ends[-1], len(catalogue)), -np.inf, np.float32)
+    assert model.output_head is not None, "a model that only scores ranks no items"
+    weight = model.output_head.weight[torch.tensor(ids, device=model.output_head.weight.device)]
+    for members in plan([len(sample) for sample in samples], pack_tokens=pack_tokens):
+        pack = Pack(samples=tuple(samples[i] for i in members), num_units=len(members))
+        hidden = model(collate(pack, pack_tokens=pack_tokens).to(weight.device))
+        start = 0
+        for i in members:
+            scores = (hidden[start + torch.tensor(at[i], device=weight.device)] @ weight.T).float()
+            logprobs = scores - scores.logsumexp(-1, keepdim=True)
+            found[ends[i] : ends[i + 1], columns] = logprobs.cpu().numpy()
+            start += len(samples[i])
+    return found
+
+
+def _columns(tokenizer: BaseHFModelTokenizer, items: ItemTokens, catalogue: Sequence[int]) -> tuple[list[int], list]:
+    """Columns of the catalogue whose item has a name, and the id of its token."""
+    columns, ids = [], []
+    for column, item in enumerate(catalogue):
+        try:
+            tokens = items.tokens(item)
+        except KeyError:
+            continue
+        if len(tokens) != 1:
+            raise DataError(f"item {item} is {len(tokens)} tokens; a softmax over tokens ranks items of one each")
+        columns.append(column)
+        ids.append(tokenizer.hf.convert_tokens_to_ids(tokens[0]))
+    return columns, ids
+
+
+def _asked_positions(mask: np.ndarray, asked: Sequence[int]) -> np.ndarray:
+    """Where a shifted sample whose every answer carries loss predicts the first token of the answers `asked`."""
+    trained = mask > 0
+    begins = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
+    return begins[list(asked)]

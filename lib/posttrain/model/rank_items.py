@@ -1,0 +1,123 @@
+"""The likeliest items after a prompt, where an item is a path of tokens: beam search over the trie of valid paths.
+
+An item's probability is that of the policy which may only write items: at each token softmax over the children alone,
+as constrained sampling draws. Beams are exact where they hold every beginning, and else miss an item only if that
+many beginnings are likelier than its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.data.batch import collate
+from posttrain.data.item_tokens import ItemTokens
+from posttrain.data.pack import plan
+from posttrain.data.sample import shift
+from posttrain.data.token_trie import Path, TokenTrie, trie_of
+from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.types import Pack, Row, Sample
+from posttrain.errors import DataError, RowError
+from posttrain.model.forward import forward
+
+Beam = list[tuple[float, Path]]
+"""Beginnings with their log p, nats, the likeliest first."""
+
+
+def rank_items(
+    model: Any, prompts: Sequence[Sequence[int]], trie: TokenTrie, *, k: int, beam: int, pack_tokens: int = 8192
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k likeliest items of the trie for every prompt: numbers [P, k] int64 and log p [P, k] float64, nats.
+
+    Args:
+        beam: beginnings kept after every token, at least k; len(trie) is exact.
+        pack_tokens: of one forward pass; raised to the longest prompt with its path.
+    """
+    k, beam = min(k, len(trie)), max(beam, k)
+    beams: list[Beam] = [[(0.0, ())] for _ in prompts]
+    while open_ends := [(p, b) for p, found in enumerate(beams) for _, b in found if b not in trie.items]:
+        after: list[dict[Path, Beam]] = [{} for _ in prompts]
+        steps = _children(model, prompts, open_ends, trie, pack_tokens)
+        for (prompt, begun), found in zip(open_ends, steps, strict=True):
+            after[prompt][begun] = found
+        beams = [_next(found, steps, beam) for found, steps in zip(beams, after, strict=True)]
+    items = [[trie.items[path] for _, path in found[:k]] for found in beams]
+    return np.array(items, np.int64).reshape(-1, k), np.array([[score for score, _ in f[:k]] for f in beams])
+
+
+def path_scores(
+    model: Any,
+    tokenizer: BaseHFModelTokenizer,
+    rows: Sequence[Row],
+    items: ItemTokens,
+    catalogue: Sequence[int],
+    *,
+    pack_tokens: int,
+    beam: int = 50,
+) -> np.ndarray:
+    """log p of the `beam` likeliest items of the catalogue, whatever their names' length, [N, C] float32, nats; -inf
+    for the others, and for one without a name. What item_scores() does for names of one token.
+
+    Args:
+        rows: of events.rows(); N counts their `asked` answers, in order.
+
+    Raises:
+        DataError: a row that cannot be tokenised, or a name of tokens that the tokenizer has not.
+    """
+    named = [column for column, item in enumerate(catalogue) if _has_name(items, item)]
+    trie = trie_of([items.tokens(catalogue[column]) for column in named], tokenizer.hf.get_vocab())
+    prompts: list[Sequence[int]] = []
+    for row, encoded in zip(rows, tokenizer.conversations(rows, "all"), strict=True):
+        if isinstance(encoded, RowError):
+            raise DataError(f"a row of events cannot be ranked: {encoded}")
+        answers = np.flatnonzero(np.diff(encoded.loss_mask > 0, prepend=False) & (encoded.loss_mask > 0))
+        prompts += [encoded.token_ids[: answers[place]].tolist() for place in row["asked"]]
+    found = np.full((len(prompts), len(catalogue)), -np.inf, np.float32)
+    ranked, scores = rank_items(model, prompts, trie, k=beam, beam=beam, pack_tokens=pack_tokens)
+    np.put_along_axis(found, np.array(named, np.int64)[ranked], scores.astype(np.float32), axis=1)
+    return found
+
+
+def _has_name(items: ItemTokens, item: int) -> bool:
+    try:
+        return bool(items.tokens(item))
+    except KeyError:
+        return False
+
+
+def _next(found: Beam, after: dict[Path, Beam], beam: int) -> Beam:
+    """The best of finished paths and of those that go on; of equals the one with the smaller tokens."""
+    every = [(score + more, (*path, *step)) for score, path in found for more, step in after.get(path, [(0.0, ())])]
+    return sorted(every, key=lambda each: (-each[0], each[1]))[:beam]
+
+
+def _children(
+    model: Any, prompts: Sequence[Sequence[int]], asked: Sequence[tuple[int, Path]], trie: TokenTrie, pack_tokens: int
+) -> list[Beam]:
+    """Of each (prompt, beginning) the log p of every token that may follow, among those."""
+    found: list[Beam] = [[(0.0, trie.children[b])] for _, b in asked]  # of an only child it is 0, and costs nothing
+    places = [place for place, (_, begun) in enumerate(asked) if len(trie.children[begun]) > 1]
+    widest = max((len(trie.children[asked[place][1]]) for place in places), default=0)
+    samples = [_sample(prompts[asked[p][0]], asked[p][1], trie.children[asked[p][1]], widest) for p in places]
+    size = max([pack_tokens, *map(len, samples)])
+    for members in plan([len(sample) for sample in samples], pack_tokens=size):
+        packed = Pack(samples=tuple(samples[i] for i in members), num_units=len(members))
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            rows = forward(model, collate(packed, pack_tokens=size).to(device)).teacher_logprobs
+        assert rows is not None, "the children's columns stand beside the target's"
+        for i, row in zip(members, rows.double().cpu(), strict=True):
+            children = trie.children[asked[places[i]][1]]
+            among = row[: len(children)]
+            scores = (among - among.logsumexp(0)).tolist()
+            found[places[i]] = [(score, (token,)) for score, token in zip(scores, children, strict=True)]
+    return found
+
+
+def _sample(prompt: Sequence[int], begun: Path, children: Path, widest: int) -> Sample:
+    """The sequence so far, asked for the log p of `children` after it; any of them stands in the target's place."""
+    tokens = [*prompt, *begun, children[0]]
+    columns = np.array([[*children, *[children[0]] * (widest - len(children))]], np.int32)
+    return replace(shift(tokens, [0.0] * (len(tokens) - 1) + [1.0]), teacher_ids=columns)
