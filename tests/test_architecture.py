@@ -30,7 +30,12 @@ MAY_IMPORT = {
     "config_retrain": {"config", "config_section"},
     "config_file": {"errors", "config"},
     "overrides": {"errors"},
-    "cli": {"errors", "config_file", "overrides", "storage", "workflow"},
+    "cli": {
+        *("cli_registry", "cli_tables", "config", "config_file", "config_retrain", "errors", "overrides", "storage"),
+        "workflow",
+    },
+    "cli_registry": {"storage", "workflow"},
+    "cli_tables": set(),
     "data": GROUND,
     "model": GROUND | {"data"},
     "compute": GROUND | {"data"},
