@@ -124,10 +124,7 @@ def _s3(root: str) -> Check:
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key = s3.place(storage.join(root, f"doctor-{uuid.uuid4().hex}"))
-    named = {
-        "name": "s3",
-        "fix": "see that AWS_* or a role may put, get and delete there, and METAFLOW_S3_ENDPOINT_URL",
-    }
+    fix = "see that AWS_* or a role may put, get and delete there, and METAFLOW_S3_ENDPOINT_URL"
     try:
         client = s3.s3_client(retries=0, connections=1)
         client.put_object(Bucket=bucket, Key=key, Body=b"posttrain")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -60,7 +59,7 @@ def test_importing_the_command_line_is_light():
 
 def test_the_command_finds_a_plug_in_where_it_is_typed_or_in_its_flows(tmp_path):
     (tmp_path / "flows").mkdir()
-    code = "import sys; sys.argv = ['posttrain', '--version']; from posttrain.cli import main\ntry: main()\nfinally: print(sys.path[-2:])"
+    code = "import sys; sys.argv[1:] = ['--version']; from posttrain.cli import main\ntry: main()\nfinally: print(sys.path[-2:])"
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[1] == str([str(tmp_path), str(tmp_path / "flows")])
 
@@ -146,7 +145,6 @@ def test_audit_as_json_is_what_was_proved(root):
 
 def test_preview_as_json_is_the_report(config, monkeypatch):
     monkeypatch.chdir(config.parent)
-    monkeypatch.syspath_prepend(str(config.parent))
     report = json.loads(posttrain("preview", config.name, "--json").stdout)
     assert report["sources"] and report["pack_tokens"] == 128
 
@@ -189,10 +187,10 @@ def test_audit_of_two_runs_says_where_they_part(root, tmp_path):
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(SMALL))
-    shutil.copy(ROOT / "tests" / "small_task.py", tmp_path)  # a plug-in lies where the command is typed
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))  # for small_task
     return path
 
 
