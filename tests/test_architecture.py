@@ -140,3 +140,9 @@ def test_importing_the_package_is_light():
     code = f"import sys, posttrain, posttrain.config_file, steps; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_importing_posttrain_imports_nothing_else():
+    code = "import sys; before = set(sys.modules); import posttrain; print(sorted(set(sys.modules) - before))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "['posttrain']", "what takes time is imported where it is used"

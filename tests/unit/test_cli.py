@@ -59,7 +59,8 @@ def test_importing_the_command_line_is_light():
 
 def test_the_command_finds_a_plug_in_where_it_is_typed_or_in_its_flows(tmp_path):
     (tmp_path / "flows").mkdir()
-    code = "import sys; sys.argv[1:] = ['--version']; from posttrain.cli import main\ntry: main()\nfinally: print(sys.path[-2:])"
+    run = "sys.argv[1:] = ['--version']\ntry: main()\nfinally: print(sys.path[-2:])"
+    code = f"import sys; from posttrain.cli import main\n{run}"
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[1] == str([str(tmp_path), str(tmp_path / "flows")])
 
