@@ -11,8 +11,8 @@ HEAD = """# Command line
 
 Generated from `lib/posttrain/cli.py` by `make docs`; do not edit by hand.
 
-Runs are started by their flows, `python flows/grpo_flow.py run`; these commands stand beside them. Results are for a person,
-or with `--json` JSON alone. A known error is one message on stderr and exit status 1: [Errors](errors.md).
+Runs are started by their flows, `python flows/grpo_flow.py run`; these commands stand beside them. Results are for a
+person, or with `--json` JSON alone. A known error is one message on stderr and exit status 1: [Errors](errors.md).
 """
 
 

@@ -1,7 +1,7 @@
 """A head of your own: two layers that say of a whole document which of three moods it has.
 
-`python head.py MODEL OUT` takes a model folder, as a run exports it, trains the head and the model below it on moods.jsonl,
-and writes both: OUT/ opens in transformers, OUT/heads/ holds the head, and load_decoder(OUT) finds it.
+`python head.py MODEL OUT` takes a model folder, as a run exports it, trains the head and the model below it on
+moods.jsonl, and writes both: OUT/ opens in transformers, OUT/heads/ holds the head, and load_decoder(OUT) finds it.
 """
 
 import json
