@@ -31,7 +31,11 @@ def _commands(group: Any, path: str) -> list[str]:
 
 def _command(command: Any, path: str) -> str:
     arguments = [each for each in command.params if each.param_type_name == "argument"]
-    usage = " ".join([path, *(a.metavar if a.required else f"[{a.metavar}]" for a in arguments)])
+    words = [each.metavar if each.required else f"[{each.metavar}]" for each in arguments]
+    words += [
+        f"{each.opts[0]} {each.name.upper()}" for each in command.params if each not in arguments and each.required
+    ]
+    usage = " ".join([path, *words])
     lines = [f"## {path}\n", f"    {usage}\n", f"{command.help}\n", "| | |", "|---|---|"]
     for each in command.params:
         name = each.metavar if each in arguments else ", ".join([*each.opts, *each.secondary_opts])

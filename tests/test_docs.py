@@ -89,9 +89,12 @@ def test_make_targets_shown_exist(page: Path):
 def test_config_keys_shown_exist(page: Path):
     known = {f"{path}.{name}".lstrip(".") for path, section in sections(RetrainConfig) for name in section.model_fields}
     heads = {key.split(".")[0] for key in known}
-    for key in re.findall(r"--config-value ([\w.]+)=", page.read_text()):
+    text = page.read_text()
+    if page.name.startswith("from_"):  # what a table translates is another framework's, and tests/test_docs_code.py's
+        text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.M)
+    for key in re.findall(r"--config-value ([\w.]+)=", text):
         assert key in known or key == "KEY", f"{page.name}: {key}"
-    for key in re.findall(r"`([a-z]+(?:\.[a-z_]+)+)`", page.read_text()):
+    for key in re.findall(r"`([a-z]+(?:\.[a-z_]+)+)`", text):
         if key.split(".")[0] in heads and not key.endswith((".py", ".yaml", ".md", ".json")):
             assert key in known, f"{page.name}: `{key}` is no config key"
 

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import re
 import shlex
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import typer
 import yaml
 
 from posttrain.cli import app
+from posttrain.config import RunConfig
 from posttrain.config_file import load_config
 from posttrain.config_retrain import RetrainConfig
 from posttrain.errors import ConfigError
@@ -25,6 +26,10 @@ OF_A_FLOW = {"run", "resume", "card", "argo-workflows", "kubernetes", "batch", "
 """Metaflow's commands that the documentation uses."""
 PLACEHOLDER = re.compile(r"\b(my|sft|dpo|run)\.yaml\b|\b[A-Z][A-Z_]+\b|(^|/)config\.yaml$")
 """What a reader puts a name of their own in the place of."""
+
+
+BESIDE = ({}, {"checkpoint.root": "s3://bucket/runs"}, {"warmup": None})
+"""What the text around a few lines of config says of the rest."""
 
 
 class Block(NamedTuple):
@@ -107,7 +112,7 @@ def check_command(words: list[str], *, where: str) -> None:
 
 
 def check_python(words: list[str], *, where: str) -> None:
-    """`python -m module`, a script of the repository, or a flow with a command of Metaflow's and a config that exists."""
+    """A module, a script of the repository, or a flow with a command of Metaflow's and a config that is there."""
     if words[0] == "-m":
         assert importlib.util.find_spec(words[1]), f"{where}: python -m {words[1]}"
         return
@@ -130,10 +135,10 @@ def test_a_config_loads_whole_or_as_changes_to_a_recipe(page: Path, block: Block
         load_config(block.text)
         return
     refusals = {}
-    for base in sorted((ROOT / "configs").glob("*_tiny.yaml")):
-        schema = RetrainConfig if base.name.startswith("retrain") else type(load_config("base: configs/grpo_tiny.yaml"))
+    for base, beside in product(sorted((ROOT / "configs").glob("*_tiny.yaml")), BESIDE):
+        schema = RetrainConfig if base.name.startswith("retrain") else RunConfig
         try:
-            load_config(json.dumps({"base": str(base)} | document), schema)
+            load_config(json.dumps({"base": str(base)} | beside | document), schema)
             return
         except ConfigError as error:
             refusals[base.name] = str(error)

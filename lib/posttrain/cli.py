@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from posttrain import __version__, cli_registry
+import posttrain
+from posttrain import cli_registry
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def main() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"posttrain {__version__}")
+        print(f"posttrain {posttrain.__version__}")
         raise typer.Exit()
 
 
