@@ -1,4 +1,4 @@
-"""The notebooks run as they stand, on runs that the tests make; inspect_run.ipynb is run in tests/flows/test_grpo_flow.py."""
+"""The notebooks run as they stand, on runs that tests make; inspect_run.ipynb in tests/flows/test_grpo_flow.py."""
 
 import os
 
@@ -18,10 +18,10 @@ def executed(name, monkeypatch, folder):
     assert not [out for cell in notebook.cells for out in cell.get("outputs", [])], "commit notebooks without outputs"
     NotebookClient(notebook, timeout=300).execute()
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
-    shown = [
-        out.get("text") or next(iter(out["data"][key] for key in ("text/markdown", "text/plain") if key in out["data"]))
-        for out in outputs
-    ]
+    shown = []
+    for out in outputs:
+        data = out.get("data", {})
+        shown.append(out.get("text") or data.get("text/markdown") or data["text/plain"])
     return "\n".join(shown)
 
 
@@ -46,9 +46,8 @@ def two_runs(tmp_path_factory):
         changes = {"data.held_out": "posttrain.data.sort_digits:held_out_demonstrations", "optim.lr": lr}
         config = recipe_config("sft", **changes, **{"optim.num_steps": 20, "checkpoint.every_steps": 20})
         base = prepared(root, config)
-        train(
-            config, root=str(root), model_uri=base.model_uri, tokens_uri=base.tokens_uri, teacher_uri=None, recipe=True
-        )
+        uris = {"root": str(root), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri}
+        train(config, **uris, teacher_uri=None, recipe=True)
         (checkpoint,) = storage.list_folders(str(root / "checkpoints" / "sft"))[-1:]
         export_checkpoint(str(root / "checkpoints" / "sft" / checkpoint), str(root / "export"))
         roots.append(str(root))
