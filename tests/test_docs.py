@@ -74,7 +74,8 @@ def test_links_and_paths_resolve(page: Path):
     text = page.read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), f"{page.name}: {target} does not exist"
-    for target in re.findall(r"`((?:lib|steps|flows|configs|docs|examples|notebooks|tests|benchmarks|constraints)/[\w./-]+)`", text):
+    folders = "lib|steps|flows|configs|docs|examples|notebooks|tests|benchmarks|constraints"
+    for target in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert (ROOT / target).exists(), f"{page.name}: {target} does not exist"
 
 
