@@ -117,6 +117,8 @@ def preview(config: Config, config_value: Changes = None, as_json: AsJson = Fals
         print(json.dumps(report, indent=2))
     else:
         print_report(report)
+        if any(source["units"] < source["rows"] for source in report["sources"]):
+            print("\nRows that these draws do not reach were not looked at; a run checks each row that it trains.")
 
 
 @app.command()

@@ -215,6 +215,7 @@ def test_preview_shows_the_data_of_a_config_with_its_overrides(config):
     done = posttrain("preview", config.name, *words, cwd=config.parent)
     assert done.returncode == 0, done.stderr
     assert "own.jsonl" in done.stdout and "40" in done.stdout and "256" in done.stdout
+    assert "do not reach" not in done.stdout, "all 40 rows were drawn"
     assert files(config.parent) == before, "a preview leaves nothing behind"
 
 
