@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import posttrain
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, StorageError
 
 TASK = "posttrain.data.sort_digits"
 ROWS = 2048
@@ -47,12 +47,17 @@ def init(recipe: str, folder: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: no such recipe, or the folder is not new.
+        StorageError: it cannot be made.
     """
     if recipe not in RECIPES:
         raise ConfigError(f"posttrain init {recipe}: no recipe of that name; one of {', '.join(RECIPES)}")
     folder = folder.expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"posttrain init: {folder} exists and is not empty; name a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"posttrain init: {error}; name a folder that can be made") from None
     source, own = flows_folder(), f"{recipe}.yaml"
     text = (source.parent / "configs" / f"{recipe}_tiny.yaml").read_text()
     rows = {name: f"data/{name}.jsonl" for name in re.findall(rf"{re.escape(TASK)}:(\w+)", text) if name != "reward"}

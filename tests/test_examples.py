@@ -135,7 +135,7 @@ def test_an_example_of_rl_trains(inside, tmp_path):
 def test_an_example_of_rows_trains(inside, tmp_path):
     from steps.train import train
 
-    few = config(**SMALL_RECIPE, **{"optim.num_steps": 2})
+    few = config(**SMALL_RECIPE)
     base = prepared(tmp_path, few)
     uris = {"root": str(tmp_path), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri}
     result = train(few, **uris, teacher_uri=None, recipe=True)

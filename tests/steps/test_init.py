@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from posttrain.cli import app
 from posttrain.config_file import load_config
 from posttrain.data.reward import RewardWorker
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, StorageError
 from runs import ROOT
 from steps import init as init_module
 from steps.init import RECIPES, init
@@ -64,6 +64,12 @@ def test_a_folder_with_files_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="exists and is not empty"):
         init("sft", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="name a folder that can be made"):
+        init("sft", tmp_path / "file" / "mine")
 
 
 def test_the_command_says_what_to_type_next_and_preview_then_works(tmp_path, monkeypatch):
