@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from posttrain import storage
 from posttrain.compute.generator import Request
 from posttrain.config import RunConfig
 from posttrain.config_file import load_config
@@ -89,7 +90,8 @@ def test_own_generator_holds_the_weights_it_was_sent_and_its_logprobs_are_theirs
 
     from posttrain.compute.generator.transformers import TransformersGenerator
 
-    folder = tiny_model(tmp_path / "model")
+    folder = tmp_path / "model"
+    storage.ensure_folder(str(folder), lambda target: (tiny_model(target), None)[1])
     weights = dict(hf_tensors(load_decoder(folder)))
     ours, theirs = (
         cls(model_uri=str(folder), stop_ids=(2,), pad_id=0) for cls in (PlainGenerator, TransformersGenerator)
@@ -108,8 +110,8 @@ def test_own_generator_holds_the_weights_it_was_sent_and_its_logprobs_are_theirs
 def test_own_head_learns_and_is_found_in_the_export(inside, tmp_path):
     from head import Moods, train
 
-    losses = train(str(tiny_model(tmp_path / "model")), str(tmp_path / "out"), steps=40)
-    assert losses[-1] < 0.7 * losses[0]
+    losses = train(str(tiny_model(tmp_path / "model")), str(tmp_path / "out"), steps=20)
+    assert losses[-1] < 0.8 * losses[0]
     assert isinstance(load_decoder(tmp_path / "out").heads["moods"], Moods)
 
 

@@ -28,7 +28,7 @@ def posttrain(*words, cwd="."):
         shown = CliRunner().invoke(cli.app, list(map(str, words)), terminal_width=80)
     if shown.exception is not None and not isinstance(shown.exception, SystemExit):
         raise shown.exception
-    return SimpleNamespace(returncode=shown.returncode, stdout=shown.stdout, stderr=shown.stderr)
+    return SimpleNamespace(returncode=shown.exit_code, stdout=shown.stdout, stderr=shown.stderr)
 
 
 @pytest.fixture
