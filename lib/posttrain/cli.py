@@ -233,7 +233,10 @@ def chat(
                 return
             yield text
 
-    talk(model, turns(), print, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    def say(text: str) -> None:  # what a model writes reaches the terminal as text, never as an escape code
+        print("".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text))
+
+    talk(model, turns(), say, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 
 def _parsed(config: str, changes: list[str] | None) -> "RunConfig":

@@ -20,6 +20,7 @@ from posttrain.workflow import registry
 from posttrain.workflow.ledger import Ledger
 from posttrain.workflow.ledger_file import LedgerFile
 from runs import ROOT, SMALL
+from tiny import tiny_model
 
 
 def posttrain(*words, cwd="."):
@@ -257,3 +258,12 @@ def test_registry_shows_the_champion_and_goes_back_to_its_parent(tmp_path):
     again = posttrain("registry", "rollback", "champions", "--reason", "rude", cwd=tmp_path)
     assert again.returncode == 1 and "CheckpointError" in again.stderr and "first of its line" in again.stderr
     assert "no champion" in posttrain("registry", "show", "nowhere", cwd=tmp_path).stdout
+
+
+def test_chat_answers_each_line_with_text_alone(tmp_path):
+    folder = tiny_model(tmp_path)
+    words = ["chat", str(folder), "--max-new-tokens", "20"]
+    shown = CliRunner().invoke(cli.app, words, input="sort 312\nsort 21\n\nnever read\n")
+    assert shown.exit_code == 0 and shown.stdout.strip()
+    assert all(each.isprintable() or each in "\n\t" for each in shown.stdout), "random weights write control bytes"
+    assert not shown.stderr, "no progress bar of a library"
