@@ -15,6 +15,9 @@ COPY pyproject.toml README.md LICENSE ./
 COPY constraints/gpu.txt constraints/gpu.txt
 COPY lib lib
 COPY steps steps
+COPY flows flows
+COPY configs configs
+COPY docs/config.md docs/config.md
 RUN pip install --no-cache-dir --constraint constraints/gpu.txt ".[vllm,kubernetes,tracking,eval]"
 
 # Else every container would ask PyPI for boto3 before its task.

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two files at once: much of a test with Ray is waiting for processes to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: run test test-slow test-verl test-trackers test-eval test-vllm lint docs golden bench clean
+.PHONY: run test test-slow test-verl test-trackers test-eval test-vllm lint docs site golden bench clean
 .DEFAULT_GOAL := run
 
 # torch first and by its pinned version: a range asked for first may pull a CUDA build.
@@ -68,8 +68,17 @@ lint: $(READY)
 
 docs: $(READY)  ## regenerate what docs/ has from the code, its schema and benchmarks/results
 	$(BIN)/python docs/generate_config.py
+	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_data.py
 	$(BIN)/python docs/generate_performance.py
+	$(BIN)/python docs/generate_config.py
+	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_data.py
+	$(BIN)/python docs/generate_performance.py
+
+site: PACKAGES = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29,<2"
+site: $(VENV)-site/.ready  ## the documentation as a site, in site/; a broken link or an unknown name fails
+	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --strict --quiet
 
 golden: $(READY)  ## rewrite tests/golden/deploy: what each flow would deploy to Argo Workflows
 	$(BIN)/python tests/deploy.py
@@ -78,4 +87,4 @@ bench: $(READY)  ## the learning claim of the README: three seeds beside a run t
 	$(BIN)/python benchmarks/grpo_learning.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-eval $(VENV)-vllm runs .metaflow
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-eval $(VENV)-vllm $(VENV)-site site runs .metaflow

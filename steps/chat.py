@@ -30,7 +30,9 @@ def chat(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     suffixes = (".json", ".jinja", ".txt", ".model", ".safetensors")
     local = storage.download(folder, suffixes=suffixes) if storage.is_s3(folder) else Path(folder).expanduser()
     classes = read_config(local).get("architectures") or []

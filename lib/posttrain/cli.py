@@ -1,78 +1,140 @@
-"""`posttrain`: small commands beside the flows. Words in, a function of steps/ called, its result on the terminal.
+"""`posttrain`: small commands beside the flows. Words in, a function of steps/ or the library called, its result out.
 
-Nothing is imported before a command runs, so that --help answers at once.
+Nothing is imported before a command runs, so that --help answers at once. Results are for a person, or JSON alone with
+--json; an error with a known cause is one message on stderr and exit status 1.
 """
 
 import json
-import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+import posttrain
+from posttrain import cli_registry
 from posttrain.errors import PosttrainError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from posttrain.config import RunConfig
+
+
+class _OneMessage(TyperGroup):
+    """Commands whose known errors are one message; all others keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PosttrainError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_OneMessage, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(cli_registry.app, name="registry")
+
+Config = Annotated[str, typer.Argument(help="Run config, YAML.", metavar="CONFIG")]
+Changes = Annotated[
+    list[str] | None, typer.Option(help="Change one key, as optim.lr=1e-4; may be repeated.", metavar="KEY=VALUE")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def main() -> None:
-    """Run the command that the words name; an error with a known cause is one message, and exit status 1."""
-    sys.path.append(os.getcwd())  # a plug-in may lie where the command is started; last, so that it hides nothing
-    try:
-        app()
-    except PosttrainError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    """Run the command that the words name."""
+    here = Path.cwd()  # where plug-ins may lie; last on the path, so that they hide nothing
+    sys.path += [str(folder) for folder in (here, here / "flows") if folder.is_dir()]
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"posttrain {posttrain.__version__}")
+        raise typer.Exit()
 
 
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """LLM post-training. A run is started by its flow: python flows/grpo_flow.py run --config FILE."""
 
 
 @app.command()
-def preview(
-    config: Annotated[str, typer.Argument(help="Run config, YAML.", metavar="CONFIG")],
-    config_value: Annotated[
-        list[str] | None, typer.Option(help="Override one key, as optim.lr=1e-4; may be repeated.", metavar="KEY=VALUE")
-    ] = None,
+def init(
+    recipe: Annotated[str, typer.Argument(help="sft, dpo, reward, distill or grpo.", metavar="RECIPE")],
+    folder: Annotated[str, typer.Argument(help="Folder to make; must not exist.", metavar="FOLDER")],
+    as_json: AsJson = False,
 ) -> None:
-    """Show what would be trained: sources, lengths, masks and packs of the first draws. Writes nothing."""
-    from posttrain.config_file import load_config
-    from posttrain.overrides import metaflow_arguments
+    """Make a folder with a flow, a config, rows and a reward, which runs as it is and is yours to change."""
+    from steps.init import init as make
 
-    words = [word for value in config_value or () for word in ("--config-value", value)]
-    *_, document = metaflow_arguments(["--config", config, *words], default=Path(config))
-    parsed = load_config(document)  # first, so that a typing error is not answered by seconds of imports
+    made = make(recipe, Path(folder))
+    if as_json:
+        print(json.dumps(made, indent=2))
+        return
+    print(f"made {made['folder']}:")
+    for name, what in made["files"].items():
+        print(f"  {name:<28} {what}")
+    print("\nNow:", *made["next"], sep="\n  ")
+
+
+@app.command()
+def doctor(
+    root: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix of the runs' files: checkpoint.root.", metavar="ROOT")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: Python, packages, GPUs, disk, /dev/shm, Metaflow, S3; exit status 1 if one needs a fix."""
+    from steps.doctor import examine
+
+    with redirect_stdout(sys.stderr):
+        found = examine("runs" if root is None else root)
+    if as_json:
+        print(json.dumps([check.plain() for check in found], indent=2))
+    else:
+        from posttrain.cli_tables import print_checks
+
+        print_checks([check.plain() for check in found])
+    if any(check.fix for check in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def preview(config: Config, config_value: Changes = None, as_json: AsJson = False) -> None:
+    """Show what would be trained: sources, lengths, masks and packs of the first draws. Writes nothing."""
+    parsed = _parsed(config, config_value)  # first, so that a typing error is not answered by seconds of imports
 
     from posttrain.workflow.data_report import print_report
     from steps.preview import preview as report_of
 
-    print_report(report_of(parsed))
+    with redirect_stdout(sys.stderr):
+        report = report_of(parsed)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+        if any(source["units"] < source["rows"] for source in report["sources"]):
+            print("\nRows that these draws do not reach were not looked at; a run checks each row that it trains.")
 
 
 @app.command()
 def plan(
-    config: Annotated[str, typer.Argument(help="Run config, YAML.", metavar="CONFIG")],
+    config: Config,
     gpus: Annotated[int | None, typer.Option(help="GPUs that train; the config's own when left out.", min=1)] = None,
     gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, b200, a100, a100-40, l40s, l4, a10g, rtx4090.")] = (
         "h100"
     ),
     price: Annotated[float | None, typer.Option(help="Of one GPU and hour; no cost without it.", min=0)] = None,
     mfu: Annotated[float | None, typer.Option(help="Share of the GPU's peak that is used.", min=0.01, max=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON and nothing else.")] = False,
-    config_value: Annotated[
-        list[str] | None, typer.Option(help="Override one key, as optim.lr=1e-4; may be repeated.", metavar="KEY=VALUE")
-    ] = None,
+    as_json: AsJson = False,
+    config_value: Changes = None,
 ) -> None:
     """Memory, hours, cost and disk of a run before it starts; exit status 1 if a GPU is too small, with what to do."""
-    from posttrain.config_file import load_config
-    from posttrain.overrides import metaflow_arguments
-
-    words = [word for value in config_value or () for word in ("--config-value", value)]
-    *_, document = metaflow_arguments(["--config", config, *words], default=Path(config))
-    parsed = load_config(document)
+    parsed = _parsed(config, config_value)
 
     from posttrain.workflow.plan_report import print_plan
     from steps.estimate import estimate
@@ -92,12 +154,20 @@ def audit(
     run: Annotated[str, typer.Argument(help="Folder or s3:// prefix of a run's files.", metavar="RUN")],
     other: Annotated[str | None, typer.Argument(help="A run to compare it with.", metavar="RUN2")] = None,
     replay: Annotated[bool, typer.Option(help="Make the batches again from the data and compare them.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Prove from its ledger what a run trained, each draw once; exit status 1 if that fails or RUN2 differs."""
+    from posttrain.storage import absolute
     from steps.audit import audit as prove
 
-    proved = prove(_absolute(run), None if other is None else _absolute(other), replay=replay)
-    _print_audit(proved)
+    with redirect_stdout(sys.stderr):
+        proved = prove(absolute(run), None if other is None else absolute(other), replay=replay)
+    if as_json:
+        print(json.dumps(proved, indent=2))
+    else:
+        from posttrain.cli_tables import print_audit
+
+        print_audit(proved)
     if proved["equal"] is False:
         raise typer.Exit(1)
 
@@ -107,7 +177,7 @@ def verify(
     model: Annotated[str, typer.Argument(help="Model folder, local or s3://, or a config.json.", metavar="MODEL")],
     against: Annotated[str, typer.Option(help="Peers to compare with: transformers, vllm.")] = "transformers",
     seeds: Annotated[int, typer.Option(help="Draws of weights and documents, or of documents.", min=1)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prove that MODEL, or random weights in its shape, is the same function here as elsewhere; else exit status 1."""
     from steps.verify import verify as compare
@@ -118,7 +188,9 @@ def verify(
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        _print_verified(found, names)
+        from posttrain.cli_tables import print_verified
+
+        print_verified(found, names)
 
 
 @app.command()
@@ -126,14 +198,19 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="A run's checkpoints/STAGE/step_N.", metavar="CHECKPOINT")],
     out: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write; must not exist.", metavar="OUT")],
     model: Annotated[str | None, typer.Option(help="Model that training began with, if it was moved.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a Hugging Face folder of a committed checkpoint, on a CPU, while the run goes on or after it."""
+    from posttrain.storage import absolute
     from steps.export_checkpoint import export_checkpoint
 
-    uris = {"model_uri": None if model is None else _absolute(model)}
     with redirect_stdout(sys.stderr):
-        made = export_checkpoint(_absolute(checkpoint), _absolute(out), **uris)
-    print(json.dumps(made, indent=2))
+        made = export_checkpoint(absolute(checkpoint), absolute(out), model_uri=model and absolute(model))
+    if as_json:
+        print(json.dumps(made, indent=2))
+    else:
+        print(f"{made['uri']}: the weights after step {made['step']}")
+        print(f"posttrain chat {out}")
 
 
 @app.command()
@@ -156,92 +233,21 @@ def chat(
                 return
             yield text
 
-    talk(model, turns(), print, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    def say(text: str) -> None:  # what a model writes reaches the terminal as text, never as an escape code
+        print("".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text))
+
+    talk(model, turns(), say, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 
-champions = typer.Typer(no_args_is_help=True, help="Champions that retrain_flow promoted: look, or go back to one.")
-app.add_typer(champions, name="registry")
-Where = Annotated[str, typer.Argument(help="Folder or s3:// prefix of a registry.", metavar="REGISTRY")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+def _parsed(config: str, changes: list[str] | None) -> "RunConfig":
+    from posttrain.config import RunConfig
+    from posttrain.config_file import load_config, sections
+    from posttrain.config_retrain import RetrainConfig
+    from posttrain.overrides import metaflow_arguments
 
-
-@champions.command()
-def show(registry: Where, as_json: AsJson = False) -> None:
-    """Who is champion, what it was made of, and who was before."""
-    from posttrain.workflow import registry as library
-
-    where = _absolute(registry)
-    found, entries = library.champion(where), library.history(where)
-    if as_json:
-        told = None if found is None else {"model_uri": found.model_uri, **found.manifest}
-        print(json.dumps({"champion": told, "history": entries}, indent=2))
-        return
-    if found is None:
-        print(f"{where} has no champion: nothing was promoted there")
-        return
-    print(f"version {found.version} is champion: {found.model_uri}")
-    for entry in entries:
-        why = entry["run"] if entry["action"] == "promote" else f"rolled back: {entry['reason']}"
-        print(f"{entry['generation']:>4}  {entry['time'][:19]}  version {entry['version']}  {why}")
-
-
-@champions.command()
-def rollback(
-    registry: Where,
-    reason: Annotated[str, typer.Option(help="Why; it is kept in the history.")],
-    to: Annotated[int | None, typer.Option(help="Version; the champion's parent when left out.", min=1)] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make an earlier version the champion again. Nothing is deleted."""
-    from posttrain.workflow import registry as library
-
-    done = library.rollback(_absolute(registry), reason=reason, to=to)
-    print(json.dumps(done, indent=2) if as_json else f"{done['outcome']}: version {done['champion']} is champion")
-
-
-def _absolute(root: str) -> str:
-    from posttrain.storage import is_s3
-
-    return root.rstrip("/") if is_s3(root) else str(Path(root).expanduser().resolve())
-
-
-def _print_audit(proved: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*("stage", "steps", "draws trained", "dropped", "checkpoint", "replayed"))
-    for stage, facts in proved["stages"].items():
-        dropped = "\n".join(f"{count:,} {reason}" for reason, count in facts["dropped"].items())
-        newest = "-" if facts["checkpoint"] is None else f"step {facts['checkpoint']:,}"
-        replayed = f"{facts['replayed']:,} steps" if facts["replayed"] else "-"
-        numbers = (f"{facts['steps']:,}", f"{facts['draws']:,}", escape(dropped or "none"))
-        table.add_row(escape(stage), *numbers, newest, replayed)
-    console = Console(highlight=False)
-    console.print(f"{proved['root']}: every draw is accounted for", markup=False, soft_wrap=True)
-    console.print(table)
-    for stage, found in proved["differs"].items():
-        line = f"{stage}: step {found['step']} is the first that differs, in its {found['what']}"
-        console.print(line, markup=False, soft_wrap=True)
-    if proved["equal"]:
-        console.print(f"equal to {proved['other']}, step by step", markup=False, soft_wrap=True)
-
-
-def _print_verified(found: dict[str, Any], names: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    weights = "its own weights" if found["weights"] == "folder" else "random weights in a small shape"
-    line = f"{found['path']}: {found['family']}, {found['tensors']} tensors, {weights}, seeds: {found['seeds']}"
-    console = Console(highlight=False)
-    console.print(line, markup=False, soft_wrap=True)
-    for name in names:
-        table = Table(title=f"agrees with {name}", title_justify="left")
-        table.add_column("worst of all seeds")
-        table.add_column("value", justify="right")
-        for key, value in found[name].items():
-            table.add_row(key, f"{value:.4f}" if key == "top1_agreement" else f"{value:.1e}")
-        console.print(table)
+    words = [word for value in changes or () for word in ("--config-value", value)]
+    *_, document = metaflow_arguments(["--config", config, *words], default=Path(config))
+    return load_config(document, RetrainConfig if "retrain" in sections(document) else RunConfig)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,15 @@ def load_config(text: str, schema: type[TypedConfig] = RunConfig) -> TypedConfig
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
 
 
+def sections(text: str) -> set[str]:
+    """Top-level keys of a config, its bases' among them, before anything is checked.
+
+    Raises:
+        ConfigError: it is no YAML mapping, or a base does not exist.
+    """
+    return set(_document(text, where="config", seen=()))
+
+
 def _document(text: str, *, where: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         document = yaml.safe_load(text)

@@ -26,6 +26,11 @@ def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
+def absolute(path: str) -> str:
+    """The URI of what a person typed: a path of the working directory, or s3://."""
+    return path.rstrip("/") if is_s3(path) else str(Path(path).expanduser().resolve())
+
+
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a URI."""
     return "/".join([uri.rstrip("/"), *parts])

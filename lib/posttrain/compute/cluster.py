@@ -97,7 +97,16 @@ def _reaped() -> Iterator[None]:
 def _init(**options) -> None:
     import ray
 
-    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True, **options)
+    try:
+        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True, **options)
+    except Exception as error:  # a bare one, of which only the text says what it is
+        if "timed out during startup" not in str(error):
+            raise
+        load = " ".join(f"{each:.0f}" for each in os.getloadavg())
+        raise ComputeError(
+            f"Ray did not start within its 30 s (load {load} on {os.cpu_count()} cores). "
+            "Fix: start the run again when the machine is less busy; it goes on from its last checkpoint"
+        ) from error
 
 
 def _stay_on_loopback() -> None:

@@ -1,0 +1,55 @@
+"""What commands found, as a person reads it in a terminal; their --json prints the same facts for a program."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def print_audit(proved: dict[str, Any]) -> None:
+    """What `posttrain audit` proved, a line for each stage."""
+    table = Table(*("stage", "steps", "draws trained", "dropped", "checkpoint", "replayed"))
+    for stage, facts in proved["stages"].items():
+        dropped = "\n".join(f"{count:,} {reason}" for reason, count in facts["dropped"].items())
+        newest = "-" if facts["checkpoint"] is None else f"step {facts['checkpoint']:,}"
+        replayed = f"{facts['replayed']:,} steps" if facts["replayed"] else "-"
+        numbers = (f"{facts['steps']:,}", f"{facts['draws']:,}", escape(dropped or "none"))
+        table.add_row(escape(stage), *numbers, newest, replayed)
+    console = Console(highlight=False)
+    console.print(f"{proved['root']}: every draw is accounted for", markup=False, soft_wrap=True)
+    console.print(table)
+    for stage, found in proved["differs"].items():
+        line = f"{stage}: step {found['step']} is the first that differs, in its {found['what']}"
+        console.print(line, markup=False, soft_wrap=True)
+    if proved["equal"]:
+        console.print(f"equal to {proved['other']}, step by step", markup=False, soft_wrap=True)
+
+
+def print_verified(found: dict[str, Any], names: list[str]) -> None:
+    """What `posttrain verify` found, a table for each peer."""
+    weights = "its own weights" if found["weights"] == "folder" else "random weights in a small shape"
+    line = f"{found['path']}: {found['family']}, {found['tensors']} tensors, {weights}, seeds: {found['seeds']}"
+    console = Console(highlight=False)
+    console.print(line, markup=False, soft_wrap=True)
+    for name in names:
+        table = Table(title=f"agrees with {name}", title_justify="left")
+        table.add_column("worst of all seeds")
+        table.add_column("value", justify="right")
+        for key, value in found[name].items():
+            table.add_row(key, f"{value:.4f}" if key == "top1_agreement" else f"{value:.1e}")
+        console.print(table)
+
+
+def print_checks(found: list[dict[str, str]]) -> None:
+    """What `posttrain doctor` found: a line a check, and under one that needs it what to do."""
+    console = Console(highlight=False)
+    table = Table.grid(padding=(0, 2))
+    for check in found:
+        mark = "[red]fix[/red]" if check["fix"] else "[green]ok[/green]"
+        table.add_row(mark, escape(check["name"]), escape(check["found"]))
+        if check["fix"]:
+            table.add_row("", "", f"[bold]{escape(check['fix'])}[/bold]")
+    console.print(table)
+    wrong = sum(bool(check["fix"]) for check in found)
+    console.print("all well" if not wrong else f"{wrong} to fix", style="bold")
