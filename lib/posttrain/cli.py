@@ -199,6 +199,34 @@ def rollback(
     print(json.dumps(done, indent=2) if as_json else f"{done['outcome']}: version {done['champion']} is champion")
 
 
+@app.command()
+def lineage(
+    model: Annotated[
+        str, typer.Argument(help="An exported folder, local or s3://, as of a champion.", metavar="MODEL")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """From a model back to its rows: the runs that made it, what they read, and whether that is still the same."""
+    from steps.lineage import lineage as lead_back
+
+    runs = lead_back(_absolute(model))
+    if as_json:
+        print(json.dumps(runs, indent=2))
+        return
+    for run in runs:
+        print(f"{run['run']}  {run['method']}, started from {run['started_from']}")
+        print(f"  rows {run.get('data_fingerprint', '')[:12] or 'unknown'}; its folder of data is {run['data']}")
+        for name, digest in run["sets"].items():
+            print(f"    {name}  {digest[:12]}")
+        for source in run["sources"]:
+            for file in source["files"]:
+                facts = (source["key"], f"{file['rows']:,} rows", file["fingerprint"][:12], file["state"], file["uri"])
+                print("   ", *facts, sep="  ")
+        print(f"  tokens {run.get('tokens_sha256', '')[:12] or 'unknown'}; their folder is {run['tokens']}")
+        for shard in run["shards"]:
+            print(f"    {shard['rows']:,} units  {shard['state']}  {shard['uri']}")
+
+
 def _absolute(root: str) -> str:
     from posttrain.storage import is_s3
 
