@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two files at once: much of a test with Ray is waiting for processes to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: run test test-slow test-verl test-trackers test-eval test-vllm lint docs golden bench clean
+.PHONY: run test test-slow test-verl test-trackers test-eval test-vllm lint docs card-images golden bench clean
 .DEFAULT_GOAL := run
 
 # torch first and by its pinned version: a range asked for first may pull a CUDA build.
@@ -69,6 +69,9 @@ lint: $(READY)
 docs: $(READY)  ## regenerate docs/config.md, docs/config.schema.json and docs/data.md
 	$(BIN)/python docs/generate_config.py
 	$(BIN)/python docs/generate_data.py
+
+card-images: $(READY)  ## run two tiny flows and photograph their cards into docs/images; CHROMIUM names the browser
+	$(BIN)/python docs/card_images.py
 
 golden: $(READY)  ## rewrite tests/golden/deploy: what each flow would deploy to Argo Workflows
 	$(BIN)/python tests/deploy.py

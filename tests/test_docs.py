@@ -101,3 +101,14 @@ def test_metaflow_knows_the_settings_of_the_operations_page():
     known = set(re.findall(r"from_conf\(\s*\"(\w+)\"|METAFLOW_(\w+)", sources))
     for name in re.findall(r"\bMETAFLOW_(\w+)", page):
         assert name in {word for pair in known for word in pair}, f"METAFLOW_{name}"
+
+
+def test_the_pictures_of_cards_are_of_every_card_and_small():
+    import card_images
+
+    flows = "".join(path.read_text() for path in (ROOT / "flows").glob("*.py"))
+    cards = set(re.findall(r'@card\(type="blank", id="(\w+)"', flows))
+    assert cards <= card_images.CARDS.keys() == card_images.SAYS.keys()
+    assert (ROOT / "docs" / "cards.md").read_text() == card_images.page(), "run `make card-images`"
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "docs" / "images").glob("*.png")}
+    assert max(sizes.values()) <= card_images.MOST_BYTES, sizes
