@@ -78,7 +78,7 @@ def export_page(exported: dict[str, Any], facts: dict[str, Any]) -> list[markup.
     weights = [entry["bytes"] for name, entry in files.items() if name.endswith(".safetensors")]
     held, agreed = exported["max_abs_diff"], exported.get("top1_agreement")
     boxes = [
-        ("Largest difference", markup.number(float(held)), "of a logit, to what transformers opens"),
+        ("Largest difference", markup.number(float(held)), "of a logit or score, to what transformers opens"),
         *([("Same likeliest token", f"{agreed:.1%}", "of all positions compared")] if agreed is not None else []),
         ("Weights", markup.size(sum(weights)), f"safetensors, {len(weights)} file{'s' * (len(weights) > 1)}"),
         ("Runs that made it", f"{len(runs):,}", f"the last one by {runs[-1]['method']}"),
@@ -87,12 +87,11 @@ def export_page(exported: dict[str, Any], facts: dict[str, Any]) -> list[markup.
     names |= {"tokens_sha256": "token files", "config_sha256": "config", "tokenizer_sha256": "tokenizer"}
     lineage = [[_short_hash(name, run.get(name)) for name in names] for run in runs]
     table = [[name, markup.size(each["bytes"]), each["sha256"][:16]] for name, each in sorted(files.items())]
-    open_it = markup.said(f"AutoModelForCausalLM.from_pretrained({exported['uri']!r})")
-    lines = markup.lines([markup.said(exported["uri"]), open_it] if "://" not in exported["uri"] else [open_it])
+    where = markup.lines([markup.said(exported["uri"]), markup.said(f"posttrain lineage {exported['uri']}")])
     return [
         markup.page("Exported model", [runs[-1]["run"], f"{len(files):,} files"]),
         markup.block(markup.boxes(boxes)),
-        markup.block(markup.heading("Where it is"), lines),
+        markup.block(markup.heading("Where it is", "And from there back to its rows."), where),
         markup.block(
             markup.heading("Lineage", "The first run first; rows, token files and config by their sha256."),
             markup.table(list(names.values()), lineage),
