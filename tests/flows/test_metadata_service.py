@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from uuid import uuid4
 
 import pytest
 
@@ -38,15 +39,16 @@ def test_a_run_is_found_by_its_tags_on_a_metadata_service(home):
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     env["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
     flow = [sys.executable, str(ROOT / "flows" / "sft_flow.py"), "--config-value", "config", config]
-    command = [*flow, "run", "--tag", f"mine:{home.name}"]
+    mine = uuid4().hex  # the service remembers the runs of earlier tests
+    command = [*flow, "run", "--tag", f"mine:{mine}"]
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    look = [sys.executable, "-c", LOOK, home.name]
+    look = [sys.executable, "-c", LOOK, mine]
     seen = subprocess.run(look, cwd=home, env=env, capture_output=True, text=True, timeout=120)
     assert seen.returncode == 0, seen.stderr
     found = json.loads(seen.stdout)
     assert found["ended"] and found["later"] == [found["id"]] and found["id"] in found["found"]
-    wanted = {f"{name}:{value}" for name, value in found["labels"].items()} | {f"mine:{home.name}"}
+    wanted = {f"{name}:{value}" for name, value in found["labels"].items()} | {f"mine:{mine}"}
     assert wanted <= set(found["tags"]) and set(found["labels"]) == {"recipe", "model", "data"}
     shown = {step for step, count in found["cards"].items() if count}
     assert shown == {"merge_tokens", "warmup", "train", "evaluate", "export"}
