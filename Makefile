@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two files at once: much of a test with Ray is waiting for processes to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: run test test-slow test-verl test-trackers test-eval test-vllm lint docs site golden bench clean
+.PHONY: run test test-slow test-verl test-trackers test-eval test-vllm lint docs site card-images golden bench clean
 .DEFAULT_GOAL := run
 
 # torch first and by its pinned version: a range asked for first may pull a CUDA build.
@@ -71,14 +71,13 @@ docs: $(READY)  ## regenerate what docs/ has from the code, its schema and bench
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_data.py
 	$(BIN)/python docs/generate_performance.py
-	$(BIN)/python docs/generate_config.py
-	$(BIN)/python docs/generate_cli.py
-	$(BIN)/python docs/generate_data.py
-	$(BIN)/python docs/generate_performance.py
 
 site: PACKAGES = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29,<2"
 site: $(VENV)-site/.ready  ## the documentation as a site, in site/; a broken link or an unknown name fails
 	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --strict --quiet
+
+card-images: $(READY)  ## run two tiny flows and photograph their cards into docs/images; CHROMIUM names the browser
+	$(BIN)/python docs/card_images.py
 
 golden: $(READY)  ## rewrite tests/golden/deploy: what each flow would deploy to Argo Workflows
 	$(BIN)/python tests/deploy.py

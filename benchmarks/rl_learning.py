@@ -2,7 +2,7 @@
 
 Cells: the published methods of docs/rl.md on the default's hyperparameters, and staleness 0, 1 and 4 with the default's
 correction of what the sampler's weights differ by and without any, and 4 with two cures. All cells of a seed go on from
-one model, which the warm-up made, by the same steps as in the flow. A run's baseline is that model, on the same held-out
+one model, which the warm-up made, by the same steps as in the flow. The baseline is that model, on the same held-out
 rows and sampling noise. Prints a JSON line a run and writes benchmarks/results/rl_learning.json; cells that are not
 asked for stay in it as they are.
 

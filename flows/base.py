@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from metaflow import Config, FlowSpec, card, current, parallel, retry, step
-from metaflow.exception import METAFLOW_EXIT_DISALLOW_RETRY, MetaflowException
 from metaflow.util import get_username
 
 import posttrain  # noqa: F401  (imported here so that the code package carries it)
@@ -20,33 +19,13 @@ import steps  # noqa: F401
 from placement import on_hardware, refuse_gang_of_small_ids, where_it_runs
 from posttrain.config import RunConfig
 from posttrain.config_file import TypedConfig, load_config
-from posttrain.errors import (
-    ComputeError,
-    ConfigError,
-    DataError,
-    ModelError,
-    PosttrainError,
-    PreemptedError,
-    StorageError,
-    SyncError,
-)
+from posttrain.errors import ConfigError
 from posttrain.overrides import metaflow_arguments
-from posttrain.workflow.stopping import EXIT_CODE
+from refusal import Refused, exit_code, refusing
 from spot import heeding_spot_notices
+from tags import name_of, tag_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-
-class Refused(MetaflowException):
-    """Something in the config, the data or the model that a person can fix."""
-
-    headline = "posttrain refused to run"
-
-
-class Stopped(MetaflowException):
-    """The run could not go on: a worker died or hung, a reward kept failing, a checkpoint is not this run's."""
-
-    headline = "posttrain stopped"
 
 
 def own_config(name: str, schema: type[RunConfig] = RunConfig) -> Config:
@@ -62,25 +41,6 @@ def own_config(name: str, schema: type[RunConfig] = RunConfig) -> Config:
     return Config("config", default=str(CONFIGS / name), parser=parse, help="Run config, YAML")
 
 
-def refusing(program, *args, **kwargs):
-    """Call a step's program; errors with a known cause end the task with one message, others with a traceback."""
-    try:
-        return program(*args, **kwargs)
-    except PosttrainError as error:
-        global _exit_code
-        if isinstance(error, PreemptedError):
-            _exit_code = EXIT_CODE
-        elif not isinstance(error, ComputeError | StorageError | SyncError):
-            _exit_code = METAFLOW_EXIT_DISALLOW_RETRY
-        kind = Refused if isinstance(error, ConfigError | DataError | ModelError) else Stopped
-        raise kind(f"{type(error).__name__}: {error}") from None
-
-
-_exit_code: int | None = None
-"""What main() tells Metaflow by: that a retry would only meet the same again, or that the run was asked to stop, has
-saved, and goes on in the next attempt."""
-
-
 @on_hardware
 class PostTrainFlow(FlowSpec):
     """The shared chain; each step's program is in steps/."""
@@ -89,7 +49,7 @@ class PostTrainFlow(FlowSpec):
 
     @step
     def start(self):
-        """Refuse what cannot work before anything is paid for; decide where the run's files go."""
+        """Refuse what cannot work before anything is paid for; decide where the run's files go, and name the run."""
         self.plan_run()
         self.next(self.prepare)
 
@@ -101,6 +61,7 @@ class PostTrainFlow(FlowSpec):
         found = refusing(prepare, self.cfg, root=self.root)
         self.data, self.model, self.parts = found["data"], found["model"], found["parts"]
         self.teacher_uri = found["teacher_uri"]
+        self.label(data=self.data["fingerprint"][:8])
         self.next(self.tokenize, foreach="parts")
 
     @retry(times=2, minutes_between_retries=0)
@@ -172,13 +133,14 @@ class PostTrainFlow(FlowSpec):
         from posttrain.workflow.pages import show_evaluation
         from steps.evaluate import evaluate
 
+        more = {"per_row": self.scored_by(), "show": show_evaluation}  # before the gate: a refused model is seen too
         models = {"before": self.warmed_up["model_uri"], "after": self.trained["model_uri"]}
         uris = {"tokens_uri": self.tokens["uri"], "rows_uri": self.trained.get("tokens_uri")}
         uris["teacher_uri"] = self.warmed_up["teacher_uri"]
-        self.evaluation = refusing(evaluate, self.cfg, models=models, **uris, per_row=self.scored_by())
-        show_evaluation(self.evaluation)
+        self.evaluation = refusing(evaluate, self.cfg, models=models, **uris, **more)
         self.next(self.export)
 
+    @card(type="blank", id="export")
     @step
     def export(self):
         """A Hugging Face folder, proved equal to what was trained."""
@@ -190,6 +152,7 @@ class PostTrainFlow(FlowSpec):
         """Before and after, and where the model is."""
         from steps.report import report
 
+        self.label()  # a run that was resumed is another one, and has no tags so far
         self.summary = report(
             evaluation=self.evaluation, before="before", after="after", export_uri=self.exported["uri"]
         )
@@ -212,6 +175,12 @@ class PostTrainFlow(FlowSpec):
         refuse_gang_of_small_ids(self.cfg.parallel.backend, self.cfg.parallel.nodes)
         found = refusing(plan, self.cfg, flow=current.flow_name, run_id=current.run_id)
         self.root, self.provenance = found["root"], found["provenance"]
+        self.label(recipe=self.cfg.method.name, model=name_of(self.cfg.model))
+
+    def label(self, **facts: str):
+        """Add to what the run is found by: the artifact `labels`, and its tags."""
+        self.labels = {**getattr(self, "labels", {}), **facts}
+        tag_run(self.labels)
 
     def warm_up(self):
         """The program of the step `warmup`, and on how many nodes training goes on."""
@@ -239,11 +208,13 @@ class PostTrainFlow(FlowSpec):
 
     def export_model(self):
         """The program of the step `export`."""
-        from steps.export import export
+        from posttrain.workflow.pages import show_export
+        from steps.export import export, exported_facts
 
         made = {"root": self.root, "model_uri": self.trained["model_uri"], "trained": self.trained}
         made |= {"provenance": self.provenance, "evaluation": self.evaluation}
         self.exported = refusing(export, self.cfg, **made, tokenizer_sha256=self.tokens["tokenizer_sha256"])
+        show_export(self.exported, exported_facts(self.exported["uri"]))
 
     def run_training(self) -> dict | None:
         """What a flow trains; None on a node that only lends its hardware."""
@@ -295,6 +266,6 @@ def main(flow: type[FlowSpec], *, config: str) -> None:
     try:
         flow()
     except SystemExit:
-        if _exit_code is not None:
-            sys.exit(_exit_code)
+        if (code := exit_code()) is not None:
+            sys.exit(code)
         raise

@@ -29,8 +29,10 @@ class RetrainFlow(PostTrainFlow):
         self.news = self.found["news"]
         if self.news == "some":
             self.plan_run()
+        self.label(role="candidate" if self.news == "some" else "idle", parent=str(self.found["parent"]).lower())
         self.next({"some": self.prepare, "none": self.end}, condition="news")
 
+    @card(type="blank", id="export")
     @step
     def export(self):
         """A Hugging Face folder, proved equal to what was trained; of a model that is not promoted too."""
@@ -48,6 +50,8 @@ class RetrainFlow(PostTrainFlow):
         made = {"evaluation": self.evaluation, "exported_uri": self.exported["uri"], "provenance": self.provenance}
         self.promotion = refusing(promote, self.typed(RetrainConfig), found=self.found, **made)
         show_promotion(self.promotion, self.evaluation)
+        promoted = self.promotion["outcome"] == "promoted"
+        self.label(role=f"champion-{self.promotion['version']}" if promoted else self.promotion["outcome"])
         self.next(self.end)
 
     @step
@@ -68,10 +72,11 @@ class RetrainFlow(PostTrainFlow):
         return self.typed(RetrainConfig).retrain.measure
 
     def run_training(self):
-        from posttrain.workflow.views import SFT
+        from posttrain.workflow.views import DPO, SFT
 
         facts = [f"{self.cfg.method.packs_per_step} packs a step", f"{len(self.found['files'])} new files"]
-        return self.train_on_rows("Retraining", facts, view=SFT)
+        view = DPO if self.cfg.method.name == "dpo" else SFT
+        return self.train_on_rows("Retraining", facts, view=view)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """A spot machine's notice becomes the SIGTERM on which a training step saves: `with heeding_spot_notices():`."""
 
-import os
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from metaflow import current
 from metaflow.sidecar import Sidecar
 
 from placement import where_it_runs
+from posttrain.notice import stop_once
 
 NOTICE = Path("/tmp/spot_termination_notice")
 """Written by Metaflow's monitor, two minutes before AWS takes the machine away; a container has a /tmp of its own."""
@@ -23,11 +21,11 @@ def heeding_spot_notices() -> Iterator[None]:
     """While inside, a notice is a SIGTERM to this process, in a container on Kubernetes or AWS Batch.
 
     Metaflow's monitor signals its own parent, which is its sidecar and not the task (2.19.39), so its file is watched
-    here; on AWS Batch, where Metaflow starts no monitor, it is started too. Only the node that drives a gang can save,
-    so the others work on until they are taken.
+    here; on AWS Batch, where Metaflow starts no monitor, it is started too. Any node of a gang may get one: it tells
+    node 0, which saves (posttrain/compute/cluster.py).
     """
     backend = where_it_runs().get("backend")
-    if backend is None or (current.get("is_parallel") and current.parallel.node_index > 0):
+    if backend is None:
         yield
         return
     monitor = Sidecar("spot_termination_monitor") if backend == "batch" else None
@@ -46,6 +44,5 @@ def heeding_spot_notices() -> Iterator[None]:
 def _watch(over: threading.Event) -> None:
     while not over.wait(EVERY_S):
         if NOTICE.exists():
-            os.write(2, b"this spot machine is about to be taken away\n")
-            os.kill(os.getpid(), signal.SIGTERM)
+            stop_once("this spot machine is about to be taken away")
             return

@@ -1,6 +1,7 @@
 """Models become numbers on held-out rows: the trained one beside the one it started from."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from posttrain import storage
@@ -20,6 +21,9 @@ from steps.recipes import asked_set, build_of, has_passes, measures_of, training
 from steps.sampling import RolloutParts, rollout_parts
 from steps.streams import held_out_slices, held_out_units
 
+OF_ROWS = ("loss", "preference")
+"""What tells of rows of data.held_out and not of answers to eval.prompts."""
+
 
 def evaluate(
     config: RunConfig,
@@ -29,6 +33,7 @@ def evaluate(
     rows_uri: str | None = None,
     teacher_uri: str | None = None,
     per_row: str | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate every model in `models` (name -> uri) on the same rows, prompts and sampling noise.
 
@@ -36,8 +41,9 @@ def evaluate(
 
     Args:
         rows_uri: folder that an offline recipe trained on, with its held-out rows; that of `tokens_uri` when None.
-        per_row: loss, greedy_reward or sampled_reward, of every row in `scores`, more being better. The gate is then
-            told, in `refused` of the last model, and not raised: the caller decides.
+        per_row: loss, preference, greedy_reward or sampled_reward, of every row or question in `scores`, more being
+            better. The gate is then told, in `refused` of the last model, and not raised: the caller decides.
+        show: called with the result, `refused` in it, before a gate is raised.
 
     Returns:
         name -> of an offline recipe its measures on data.held_out; where questions are asked, greedy, sampled and
@@ -58,9 +64,13 @@ def evaluate(
     try:
         check_gate(found, config.eval.gate, **names, slice_by=config.eval.slice_by)
     except GateError as error:
-        if per_row is None:
-            raise
         found[names["after"]]["refused"] = str(error)
+        if per_row is None:
+            if show:
+                show(found)
+            raise
+    if show:
+        show(found)
     return found
 
 
@@ -88,7 +98,7 @@ async def _evaluate(config, tokens_uri, models, measured_with, resources, per_ro
     parts = await rollout_parts(config, model_uri=first, tokens_uri=tokens_uri, resources=resources)
     slice_by = config.eval.slice_by if config.method.name == "grpo" else None  # a column of data.held_out
     evaluator = Evaluator(parts.maker, parts.sets[asked_set(config)])
-    told = {"slice_by": slice_by, "per_row": None if per_row == "loss" else per_row}
+    told = {"slice_by": slice_by, "per_row": None if per_row in OF_ROWS else per_row}
     for version, (name, uri) in enumerate(models.items()):
         await _send(parts, uri, version, backend=config.model.backend)
         asked = await evaluator.full(samples=config.eval.samples, passes=has_passes(config), **told)
@@ -114,7 +124,7 @@ async def _measure(
     slices = held_out_slices(config, rows_uri)
     units = held_out_units(rows_uri)
     found = await measure_rows(policy, units, measures_of(config), slices=slices)
-    if per_row == "loss":
+    if per_row in OF_ROWS:
         found["scores"] = await row_scores(policy, units)
     policy.group.kill()
     return found

@@ -15,6 +15,7 @@ from posttrain.model.export import write_generation_config
 from posttrain.workflow.policy_model import ADAPTER
 from steps.model_card import LICENCE_FILES, README, model_card
 from steps.origin import LINEAGE, read_lineage
+from steps.prepare import rows_fingerprint
 from steps.recipes import teacher_of
 
 
@@ -66,6 +67,12 @@ def export(
     return {"uri": uri, **checked, "tokenizer_sha256": fingerprint}
 
 
+def exported_facts(uri: str) -> dict[str, Any]:
+    """What an exported folder says of itself: its files with bytes and sha256, and the runs that made it."""
+    lineage = json.loads(storage.read_bytes(storage.join(uri, LINEAGE)))
+    return {"files": storage.manifest_of(uri)["files"], "lineage": lineage}
+
+
 def write_model(config: RunConfig, source: Path, folder: Path) -> dict[str, Any]:
     """Write what a loader opens: config, weights, tokenizer, template, which tokens end a turn, and the adapters.
 
@@ -85,8 +92,9 @@ def write_model(config: RunConfig, source: Path, folder: Path) -> dict[str, Any]
 def _this_run(
     config: RunConfig, root: str, provenance: dict[str, Any], tokenizer_sha256: str, trained: dict[str, Any]
 ) -> dict[str, Any]:
-    """One entry of the lineage: what this run started from, read and trained."""
+    """One entry of the lineage: what this run started from, read and trained, and where that lies."""
     data_uri = storage.join(root, "data")
+    tokens_uri = trained.get("tokens_uri") or storage.join(root, "tokens", "all")
     started_from = {"model": config.model.path or "fresh"}
     if (teacher := teacher_of(config)) is not None:
         started_from["teacher"] = teacher.path or "fresh"
@@ -97,7 +105,11 @@ def _this_run(
         "method": config.method.name,
         "started_from": ", ".join(f"{name} {path}" for name, path in started_from.items()),
         "config_sha256": provenance["config_sha256"],
+        "data_uri": data_uri,
         "data_sha256": json_sha256(storage.manifest_of(data_uri)["files"]),
+        "data_fingerprint": rows_fingerprint(storage.fetch(data_uri)),
+        "tokens_uri": tokens_uri,
+        "tokens_sha256": json_sha256(storage.manifest_of(tokens_uri)["files"]),
         "tokenizer_sha256": tokenizer_sha256,
         "ledger": trained.get("ledger", {}).get("digest"),
     }

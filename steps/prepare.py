@@ -17,7 +17,7 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.train_tokenizer import train_tokenizer
 from posttrain.data.types import Row
 from posttrain.errors import DataError, ModelError, RowError
-from posttrain.manifest import MANIFEST, read_manifest
+from posttrain.manifest import MANIFEST, json_sha256, read_manifest
 from posttrain.model.backend import backend_of
 from posttrain.model.build import build_model, fresh_config
 from posttrain.model.heads import FOLDER as HEADS
@@ -45,7 +45,7 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
     """Snapshot prompts and held-out rows, index the training sources, and bring or build the model.
 
     Returns:
-        data: uri, rows per set and sha256 per file.
+        data: uri, rows per set, sha256 per file, and fingerprint: of the rows alone, equal for the same rows.
         model: uri and architecture.
         teacher_uri: of a run that learns from one, else None.
         parts: shares of tokenising the training sources, [source, first block, end block].
@@ -73,11 +73,23 @@ def prepare(config: RunConfig, *, root: str) -> dict[str, Any]:
             "uri": data_uri,
             "rows": {name: len(found) for name, found in rows.items()},
             "sha256": {name: entry["sha256"] for name, entry in files.items()},
+            "fingerprint": rows_fingerprint(folder),
         },
         "model": {"uri": model_uri, "family": shape.family, "hidden_size": shape.hidden_size},
         "teacher_uri": teacher_uri,
         "parts": shares_of(sources) if config.data.tokenize == "ahead" else shares_of([]),
     }
+
+
+def rows_fingerprint(folder: Path) -> str:
+    """sha256 of the rows that a run reads: equal for the same rows, wherever they lie and whenever they were written.
+
+    Args:
+        folder: what prepare() published as `data`.
+    """
+    files = read_manifest(folder)["files"]
+    sets = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".parquet")}
+    return json_sha256({"sets": sets, "sources": [source.fingerprint for source in stored_sources(folder)]})
 
 
 def open_sources(config: RunConfig, *, root: str) -> list[Source]:

@@ -101,9 +101,9 @@ def _times(weight: Any, factor: float) -> Any:
 
 
 def _check_rows(config: RetrainConfig) -> None:
-    by_loss = config.retrain.measure == "loss"
-    key, wanted = ("data.held_out", rows_of(config).held_out) if by_loss else ("eval.prompts", "prompt")
-    source = config.data.held_out if by_loss else config.eval.prompts
+    of_rows = not config.retrain.measure.endswith("_reward")
+    key, wanted = ("data.held_out", rows_of(config).held_out) if of_rows else ("eval.prompts", "prompt")
+    source = config.data.held_out if of_rows else config.eval.prompts
     assert source is not None, "the config's own check asks for questions"
     if (count := len(read_rows(source, key=key, seed=config.seed, wanted=wanted))) < MIN_ROWS:
         raise DataError(f"{key}: {source} has {count} rows; to compare two models takes {MIN_ROWS} at least")

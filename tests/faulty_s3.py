@@ -27,13 +27,14 @@ class Fault(StrEnum):
     STALLED = "stalled"
     DRIPPING = "dripping"
     LOST_ANSWER = "carried out, then reset before headers"
+    LATE = "answered a second late"
     NO_IF_MATCH = "ignores If-Match"
     NO_RANGE = "ignores Range"
 
 
 CODES = {Fault.SERVER_ERROR: "InternalError", Fault.SLOW_DOWN: "SlowDown", Fault.NOT_FOUND: "NoSuchKey"}
 ANY_REQUEST = (Fault.SERVER_ERROR, Fault.SLOW_DOWN, Fault.RESET_BEFORE_HEADERS, Fault.LOST_ANSWER)
-"""What a share of all requests is answered with."""
+"""What a share of all requests is answered with, where `kinds` says nothing else."""
 CODES |= {Fault.FORBIDDEN: "AccessDenied"}
 
 
@@ -55,6 +56,7 @@ class FaultyS3:
         """Faults of the next GETs, in order of arrival; None lets one pass."""
         self.always: Fault | None = None
         """Fault of every GET once the script is over."""
+        self.kinds = ANY_REQUEST
         self.rate = 0.0
         """Share of all requests, of any method, that is broken; drawn from a fixed seed."""
         self.broken = 0
@@ -82,7 +84,7 @@ class FaultyS3:
         self.script.clear()
         self.gets.clear()
         self.arrived.clear()
-        self.always = None
+        self.always, self.kinds = None, ANY_REQUEST
         self.rate, self.broken, self._draws = 0.0, 0, random.Random(0)
 
     def drawn_fault(self) -> Fault | None:
@@ -91,7 +93,7 @@ class FaultyS3:
             if self._draws.random() >= self.rate:
                 return None
             self.broken += 1
-            return self._draws.choice(ANY_REQUEST)
+            return self._draws.choice(self.kinds)
 
     def next_fault(self, path: str, byte_range: str) -> Fault | None:
         with self._lock:
@@ -135,6 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == Fault.LOST_ANSWER:
             self._ask(proxy.upstream, None)
             self._reset()
+        elif fault == Fault.LATE:
+            proxy.over.wait(1.0)
+            self._spoil(proxy, None, *self._ask(proxy.upstream, None))
         else:
             status, headers, body = self._ask(proxy.upstream, fault)
             self._spoil(proxy, fault, status, headers, body)

@@ -126,6 +126,25 @@ def not_a_number(row: Row, completion: str) -> float:
     return float("nan")
 
 
+class Impatient:
+    """A tracker that shortens what the driver waits for its store from minutes to seconds."""
+
+    def start(self, facts):
+        from posttrain import s3
+
+        s3.BUDGET = s3.Budget(total_s=4.0)
+        return 0
+
+    def log(self, step, metrics):
+        pass
+
+    def text(self, step, name, text):
+        pass
+
+    def finish(self, status):
+        pass
+
+
 class DownTracker:
     """A tracker whose server is gone."""
 

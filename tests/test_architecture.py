@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = [path for folder in ("lib", "steps", "flows") for path in sorted((ROOT / folder).rglob("*.py"))]
 
-GROUND = {"errors", "plugin", "deadline", "faults", "manifest", "s3", "storage"}
+GROUND = {"errors", "plugin", "deadline", "faults", "manifest", "notice", "s3", "storage"}
 MAY_IMPORT = {
     "errors": set(),
     "deadline": {"errors"},
     "faults": set(),
     "manifest": {"errors"},
+    "notice": set(),
     "plugin": {"errors"},
     "s3": {"errors"},
     "storage": {"errors", "faults", "manifest", "s3"},

@@ -146,3 +146,14 @@ def test_the_api_page_names_what_there_is():
         found = importlib.import_module(module)
         for name in (yaml.safe_load(options) or {"options": {"members": []}})["options"]["members"]:
             assert hasattr(found, name), f"{module}.{name}"
+
+
+def test_the_pictures_of_cards_are_of_every_card_and_small():
+    import card_images
+
+    flows = "".join(path.read_text() for path in (ROOT / "flows").glob("*.py"))
+    cards = set(re.findall(r'@card\(type="blank", id="(\w+)"', flows))
+    assert cards <= card_images.CARDS.keys() == card_images.SAYS.keys()
+    assert (ROOT / "docs" / "cards.md").read_text() == card_images.page(), "run `make card-images`"
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "docs" / "images").glob("*.png")}
+    assert max(sizes.values()) <= card_images.MOST_BYTES, sizes

@@ -194,6 +194,26 @@ def verify(
 
 
 @app.command()
+def lineage(
+    model: Annotated[
+        str, typer.Argument(help="An exported folder, local or s3://, as of a champion.", metavar="MODEL")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """From a model back to its rows: the runs that made it, what they read, and whether that is still the same."""
+    from posttrain.storage import absolute
+    from steps.lineage import lineage as lead_back
+
+    runs = lead_back(absolute(model))
+    if as_json:
+        print(json.dumps(runs, indent=2))
+    else:
+        from posttrain.cli_tables import print_lineage
+
+        print_lineage(runs)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A run's checkpoints/STAGE/step_N.", metavar="CHECKPOINT")],
     out: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write; must not exist.", metavar="OUT")],

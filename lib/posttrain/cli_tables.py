@@ -41,6 +41,22 @@ def print_verified(found: dict[str, Any], names: list[str]) -> None:
         console.print(table)
 
 
+def print_lineage(runs: list[dict[str, Any]]) -> None:
+    """What `posttrain lineage` found, a run after the other, the newest first."""
+    for run in runs:
+        print(f"{run['run']}  {run['method']}, started from {run['started_from']}")
+        print(f"  rows {run.get('data_fingerprint', '')[:12] or 'unknown'}; its folder of data is {run['data']}")
+        for name, digest in run["sets"].items():
+            print(f"    {name}  {digest[:12]}")
+        for source in run["sources"]:
+            for file in source["files"]:
+                facts = (source["key"], f"{file['rows']:,} rows", file["fingerprint"][:12], file["state"], file["uri"])
+                print("   ", *facts, sep="  ")
+        print(f"  tokens {run.get('tokens_sha256', '')[:12] or 'unknown'}; their folder is {run['tokens']}")
+        for shard in run["shards"]:
+            print(f"    {shard['rows']:,} units  {shard['state']}  {shard['uri']}")
+
+
 def print_checks(found: list[dict[str, str]]) -> None:
     """What `posttrain doctor` found: a line a check, and under one that needs it what to do."""
     console = Console(highlight=False)

@@ -13,11 +13,12 @@ class Retrain(Section):
 
     registry: str
     """Folder or s3:// prefix of the champions; one for each model that is served."""
-    measure: Literal["loss", "greedy_reward", "sampled_reward"] = "loss"
-    """What both models are compared by, held-out row by row: the loss of its answer, nats per token, or the reward of
-    what the model answers to a row of eval.prompts, greedy or the mean of eval.samples."""
+    measure: Literal["loss", "preference", "greedy_reward", "sampled_reward"] = "loss"
+    """What both models are compared by, held-out row by row: of sft the loss of its answer, nats per token; of dpo the
+    preference, nats by which a pair's chosen answer is likelier; or the reward of what the model answers to a row of
+    eval.prompts, greedy or the mean of eval.samples."""
     margin: float = Field(default=0.0, ge=0)
-    """Gain of the mean over rows that is not enough, in nats per token or reward."""
+    """Gain of the mean over rows that is not enough, in nats or reward."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Share of the resamples of the held-out rows whose gain must be above the margin."""
     replay: float = Field(default=0.0, ge=0)
@@ -47,11 +48,17 @@ class RetrainConfig(RunConfig):
     @model_validator(mode="after")
     def can_be_repeated(self):
         problems = []
-        if self.method.name != "sft":
-            problems.append(f"method.name: retrain_flow trains sft, the config is for {self.method.name}")
+        of_rows = {"sft": "loss", "dpo": "preference"}
+        if self.method.name not in of_rows:
+            problems.append(f"method.name: retrain_flow trains sft and dpo, the config is for {self.method.name}")
+        elif self.retrain.measure in set(of_rows.values()) - {of_rows[self.method.name]}:
+            problems.append(
+                f"retrain.measure = {self.retrain.measure}: the rows of {self.method.name} are compared by "
+                f"{of_rows[self.method.name]}, or by a reward"
+            )
         if self.warmup is not None:
             problems.append("warmup: it would come before every run, from the champion too; set warmup: null")
-        if self.retrain.measure != "loss" and self.eval.prompts is None:
+        if self.retrain.measure.endswith("_reward") and self.eval.prompts is None:
             problems.append(f"retrain.measure = {self.retrain.measure}: no answers are asked for; set eval.prompts")
         if self.parallel.backend != "local" and not self.retrain.registry.startswith("s3://"):
             problems.append(

@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import torch
 from nbclient import NotebookClient
 
+from faulty_s3 import Fault
+from posttrain import storage
 from runs import ROOT, SMALL
 
 FLOW = str(ROOT / "flows" / "grpo_flow.py")
@@ -99,6 +102,15 @@ def test_artifacts_tell_the_story(run):
     assert data.provenance["versions"]["torch"] == torch.__version__
 
 
+def test_a_run_is_found_by_its_recipe_its_model_and_its_rows(run):
+    from metaflow import Flow
+
+    assert run.data.labels == {"recipe": "grpo", "model": "fresh", "data": run.data.data["fingerprint"][:8]}
+    for name, value in run.data.labels.items():
+        assert run.id in [found.id for found in Flow("GRPOFlow").runs(f"{name}:{value}")], name
+    assert list(Flow("GRPOFlow").runs("data:00000000")) == []
+
+
 def test_transformers_opens_the_export(run):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,6 +138,7 @@ def test_cards_show_what_they_should(run):
         "warmup": ["Warm-up", "Loss"],
         "train": ["Training reward", "KL to the starting policy", "Where a step's time goes", "filter by text"],
         "evaluate": ["held-out rows", "greedy"],
+        "export": ["Exported model", "Lineage", "model.safetensors"],
     }
     for step, texts in shows.items():
         (card,) = get_cards(run[step].task)
@@ -144,12 +157,16 @@ def card_content(html: str) -> str:
 @pytest.mark.parametrize(
     "step", [pytest.param(s, marks=pytest.mark.slow) for s in ("prepare", "warmup", "train", "evaluate", "export")]
 )
-def test_resume_from_a_step_keeps_what_came_before(finished: Path, step: str):
+def test_resume_from_a_step_keeps_what_came_before(finished: Path, run, step: str):
     origin = (finished / "run_id").read_text()
     again = flow(finished, "resume", step, "--origin-run-id", origin)
     assert again.returncode == 0, again.stdout[-3000:]
     assert "exported model: " in again.stdout
     assert "grpo 6/6" not in again.stdout, "the last checkpoint holds all six steps; none is trained twice"
+    from metaflow import Flow
+
+    resumed = Flow("GRPOFlow").latest_run
+    assert resumed.id != run.id and resumed.user_tags >= run.user_tags
 
 
 @pytest.mark.slow
@@ -168,6 +185,35 @@ def test_a_gang_of_two_nodes_trains_in_one_ray_cluster(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_sigterm_to_another_node_of_a_gang_makes_a_save_and_the_retry_goes_on(tmp_path: Path):
+    words = overrides(**{"parallel.nodes": 2, "warmup": None, "optim.num_steps": 30, "checkpoint.every_steps": 100})
+    env = os.environ | {"METAFLOW_HOME": str(tmp_path), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen([sys.executable, FLOW, *words, "run"], cwd=tmp_path, env=env, stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while "grpo  3/30" not in (tmp_path / "log").read_text():
+            assert running.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+            time.sleep(0.2)  # polls the log of a process that has no other channel; no outcome depends on it
+        tasks = [child for child in psutil.Process(running.pid).children(recursive=True) if node_of(child) == "1"]
+        assert len(tasks) == 1, tasks
+        tasks[0].send_signal(signal.SIGTERM)
+        running.wait(timeout=300)
+    said = " ".join((tmp_path / "log").read_text().split())
+    assert running.returncode == 0, said[-4000:]
+    assert "telling node 0, which saves and stops" in said and "the node at 127.0.0.1 is about to be taken away" in said
+    saved = re.search(r"PreemptedError: stopped by SIGTERM after step (\d+), which is saved", said)
+    assert saved and f"continuing after step {saved[1]} of 30" in said, said[-4000:]
+
+
+def node_of(process: psutil.Process) -> str | None:
+    """Which node of a gang a process is the task of: Metaflow says it to each in its environment."""
+    if process.name().startswith("python") and "train_nodes" in process.cmdline() and "step" in process.cmdline():
+        return process.environ().get("MF_PARALLEL_NODE_INDEX")
+    return None
+
+
+@pytest.mark.slow
 def test_a_gang_without_a_shared_token_is_stopped(tmp_path: Path):
     done = flow(tmp_path, *overrides(**{"parallel.nodes": 2, "warmup": None}), "run")
     assert done.returncode != 0
@@ -182,6 +228,49 @@ def test_all_files_of_a_run_may_live_on_s3(tmp_path: Path, s3_bucket: str):
     assert "continuing after step 2 of 4" in first.stdout
     assert f"exported model: {s3_bucket}/runs/GRPOFlow/" in first.stdout.replace("\n", "")
     assert not (tmp_path / "runs").exists()
+
+
+def on_s3(bucket: str) -> dict[str, str]:
+    """Environment with Metaflow's datastore on S3, as the run's own files are."""
+    where = {"METAFLOW_DEFAULT_DATASTORE": "s3", "METAFLOW_DATASTORE_SYSROOT_S3": f"{bucket}/metaflow"}
+    return {**where, "METAFLOW_S3_WORKER_COUNT": "2", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@pytest.mark.slow
+def test_a_store_that_fails_now_and_then_costs_a_run_nothing_but_time(tmp_path: Path, run, proxy, s3_bucket: str):
+    proxy.kinds = (Fault.SLOW_DOWN, Fault.LATE, Fault.RESET_BEFORE_HEADERS, Fault.LOST_ANSWER)
+    proxy.rate = 0.05
+    words = [*overrides(**{"checkpoint.root": f"{s3_bucket}/runs"}), "run", "--run-id-file", "run_id"]
+    done = flow(tmp_path, *words, **on_s3(s3_bucket))
+    proxy.rate = 0.0
+    assert done.returncode == 0 and "(retry)" not in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    there = f"{s3_bucket}/runs/GRPOFlow/{(tmp_path / 'run_id').read_text()}"
+    here = str(Path(run.data.exported["uri"]).parent)  # the same run on a disk that never fails
+    for name in ("export/model.safetensors", "trained_model/model.safetensors", "ledger/grpo.jsonl"):
+        assert storage.read_bytes(f"{there}/{name}") == storage.read_bytes(f"{here}/{name}"), name
+    assert not (tmp_path / "runs").exists() and proxy.broken > 20, proxy.broken
+
+
+@pytest.mark.slow
+def test_a_store_that_goes_away_in_training_is_a_named_stop_in_bounded_time(tmp_path: Path, proxy, s3_bucket: str):
+    changes = {"checkpoint.root": f"{s3_bucket}/runs", "optim.num_steps": 40, "warmup": None}
+    words = overrides(**changes, **{"tracking.custom": "small_task:Impatient"})
+    once = {f"METAFLOW_S3_{name}": "0" for name in ("RETRY_COUNT", "TRANSIENT_RETRY_COUNT")}
+    once["METAFLOW_S3_CLIENT_RETRY_CONFIG"] = json.dumps({"total_max_attempts": 1, "mode": "standard"})
+    env = os.environ | on_s3(s3_bucket) | once | {"METAFLOW_HOME": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen([sys.executable, FLOW, *words, "run"], cwd=tmp_path, env=env, stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while "grpo  2/40" not in (tmp_path / "log").read_text():
+            assert running.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+            time.sleep(0.2)  # polls the log of a process that has no other channel; no outcome depends on it
+        proxy.kinds, proxy.rate = (Fault.SLOW_DOWN,), 1.0
+        assert running.wait(timeout=400) != 0
+    said = " ".join((tmp_path / "log").read_text().split())
+    assert re.search(
+        r"StorageError: \w+ing s3://\S+: given up after \d+ attempts and \d s; the last: .*SlowDown", said
+    ), said
 
 
 @pytest.mark.slow

@@ -42,6 +42,15 @@ def champion(folder: Path) -> int:
     return found.version
 
 
+def found_by_tag(folder: Path, *tags: str) -> list[list[str]]:
+    """Ids of the runs that Metaflow's client finds by each tag."""
+    code = "import json, sys; from metaflow import Flow, namespace; namespace(None); flow = Flow('RetrainFlow'); "
+    code += "print(json.dumps([[run.id for run in flow.runs(tag)] for tag in sys.argv[1:]]))"
+    env = os.environ | {"METAFLOW_HOME": str(folder / "home"), "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code, *tags], cwd=folder, env=env, capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
 def promotion_cards(folder: Path) -> list[str]:
     """What the cards of the step promote show: a page holds it as JSON in base64."""
     pages = sorted(folder.rglob("mf.cards/**/*promotion*.html"), key=lambda page: page.stat().st_mtime)
@@ -73,7 +82,10 @@ def test_a_better_model_is_promoted_a_worse_one_is_not_and_a_killed_promotion_is
     assert said.count("Task is starting (retry)") == 1 and "promoted: the gain of" in said
     assert champion(tmp_path) == 2
     assert [entry["generation"] for entry in registry.history(where)] == [1, 2]
+    roles = found_by_tag(tmp_path, "role:champion-1", "role:champion-2", "role:kept", "role:candidate")
+    assert [len(runs) for runs in roles] == [1, 1, 1, 0]
     manifest = registry.version(where, 2)
+    assert manifest["run"] == f"RetrainFlow/{roles[1][0]}"
     assert len(manifest["data"]) == 3 and len(manifest["lineage"]) == 2
 
     said = retrain(tmp_path)

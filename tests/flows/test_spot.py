@@ -68,3 +68,18 @@ def test_a_spot_notice_is_a_sigterm_to_the_step(home, place):
         done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout == "saving\n", done.stderr
     assert "about to be taken away" in done.stderr
+
+
+def test_two_notices_are_one_sigterm():
+    code = """
+import signal, threading
+from posttrain.notice import stop_once
+came = []
+signal.signal(signal.SIGTERM, lambda *_: came.append(signal.signal(signal.SIGTERM, signal.SIG_DFL)))
+for where in ("this machine", "another node"):
+    stop_once(f"{where} is about to be taken away")
+print(len(came))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), "a second one would have ended it before it had saved"
+    assert done.stderr == "this machine is about to be taken away\n"

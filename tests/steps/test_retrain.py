@@ -9,6 +9,7 @@ import pytest
 from posttrain import storage
 from posttrain.config_file import load_config
 from posttrain.config_retrain import RetrainConfig
+from posttrain.data import sort_digits
 from posttrain.data.sort_digits_days import add_day
 from posttrain.errors import ConfigError, DataError
 from posttrain.workflow import registry
@@ -85,6 +86,18 @@ def test_rows_that_were_seen_are_replayed_with_their_share_of_the_weight(tmp_pat
     assert old.path == str(inbox / "day_0001.jsonl") and old.schedule == ((0, 0.5), (1024, 1.5))
 
 
+def test_pairs_are_retrained_from_the_champion_and_compared_by_their_preference(tmp_path: Path):
+    (tmp_path / "inbox").mkdir()
+    (tmp_path / "inbox" / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sort_digits.pairs(0)))
+    dpo = {"method": {"name": "dpo", "packs_per_step": 2}, "data.held_out": "posttrain.data.sort_digits:held_out_pairs"}
+    own = config(tmp_path, **dpo, **{"retrain.measure": "preference"})
+    found = look(own)
+    assert found["news"] == "some" and retrained(own, found).method.name == "dpo"
+    done = finish(tmp_path, "1", found, evaluation(0.5), **dpo, **{"retrain.measure": "preference"})
+    assert (done["outcome"], done["measure"]) == ("promoted", "preference")
+    assert look(own)["why"].startswith("nothing new: version 1 of")
+
+
 def test_a_function_is_new_once(tmp_path: Path, inbox: Path):
     function = "posttrain.data.sort_digits:exact_demonstrations"
     own = config(tmp_path, **{"data.sources": [str(inbox), function]})
@@ -150,7 +163,11 @@ def test_a_source_that_names_nothing_is_refused(tmp_path: Path):
     ("changes", "line"),
     [
         ({"warmup.num_steps": 4}, "warmup: it would come before every run, from the champion too; set warmup: null"),
-        ({"method": {"name": "dpo"}}, "method.name: retrain_flow trains sft, the config is for dpo"),
+        ({"method": {"name": "reward"}}, "method.name: retrain_flow trains sft and dpo, the config is for reward"),
+        (
+            {"method": {"name": "dpo"}},
+            "retrain.measure = loss: the rows of dpo are compared by preference, or by a reward",
+        ),
         (
             {"retrain.measure": "greedy_reward"},
             "retrain.measure = greedy_reward: no answers are asked for; set eval.prompts",

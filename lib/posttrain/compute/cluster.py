@@ -4,21 +4,27 @@ import logging
 import os
 import secrets
 import select
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 
 from posttrain.compute import reaper
 from posttrain.errors import ComputeError
+from posttrain.notice import stop_once
 
 DONE = b"done"
+LEAVING = b"leaving"
+"""From a node that is about to be taken away, to node 0, which can save."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -45,6 +51,9 @@ def ray_cluster(gang: Gang, *, num_cpus: int, num_gpus: int, join_timeout_s: flo
     hardware; those stay inside until node 0 is through and fail if it fails. Ray runs on
     loopback on a single node, has no dashboard, asks for a token that only this
     process knows, and nothing of it outlives this process (see reaper.py).
+
+    A SIGTERM to any node is a SIGTERM to node 0, on which its program saves and stops; the node that got it works on
+    until then. A second one ends it.
     """
     with _reaped():
         yield from _cluster(gang, num_cpus, num_gpus, join_timeout_s)
@@ -143,14 +152,31 @@ def _head(gang: Gang, timeout_s: float, flags: list[str]) -> Iterator[None]:
             timeout_s,
             f"{gang.num_nodes} nodes to join Ray",
         )
+        over = threading.Event()
+        threading.Thread(target=_hear, args=(peers, over), name="gang", daemon=True).start()
         try:
             yield
+            over.set()
             for peer in peers:
                 peer.sendall(DONE)
         finally:
+            over.set()
             for peer in peers:
                 peer.close()  # a worker that sees the end without DONE fails at once
             _shutdown()
+
+
+def _hear(peers: list[socket.socket], over: threading.Event) -> None:
+    """A node that says that it leaves is a SIGTERM to this process; what ends without a word is told by Ray."""
+    open_ones = list(peers)
+    while open_ones and not over.wait(0):
+        try:
+            for peer in select.select(open_ones, [], [], 1)[0]:
+                if peer.recv(len(LEAVING), socket.MSG_WAITALL) == LEAVING:
+                    stop_once(f"the node at {peer.getpeername()[0]} is about to be taken away")
+                open_ones.remove(peer)
+        except (OSError, ValueError):  # closed under us: the gang is through
+            return
 
 
 def _peers(door: socket.socket, gang: Gang, timeout_s: float, daemon: subprocess.Popen) -> list[socket.socket]:
@@ -176,12 +202,33 @@ def _worker(gang: Gang, timeout_s: float, flags: list[str]) -> Iterator[None]:
     ip, port = gang.main_ip, _port(gang)
     _until(lambda: _answers(ip, port), timeout_s, f"the Ray head at {ip}:{port}")
     with socket.create_connection((ip, port + 1)) as head, _ray_daemon([f"--address={ip}:{port}", *flags]) as daemon:
-        yield
-        while not select.select([head], [], [], 5)[0]:
-            if daemon.poll() is not None:
-                raise ComputeError(f"Ray on node {gang.node_index} exited with code {daemon.returncode}")
+        with _leaving(head):
+            yield
+            while not select.select([head], [], [], 5)[0]:
+                if daemon.poll() is not None:
+                    raise ComputeError(f"Ray on node {gang.node_index} exited with code {daemon.returncode}")
         if head.recv(len(DONE)) != DONE:
             raise ComputeError(f"node 0 ({ip}) stopped before the work was done; see its log")
+
+
+@contextmanager
+def _leaving(head: socket.socket) -> Iterator[None]:
+    """The first SIGTERM tells node 0, which saves while this node's ranks are still there; the second one ends it."""
+
+    def tell(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"telling node 0, which saves and stops; again ends at once\n")
+        with suppress(OSError):  # node 0 is gone, which is found out by whoever reads
+            head.sendall(LEAVING)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

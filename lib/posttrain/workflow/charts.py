@@ -23,7 +23,8 @@ COLOURS = [BLUE, ORANGE, GREEN, PURPLE, GREY]
 SOURCE_COLOURS = [BLUE, GREEN, PURPLE, YELLOW, RED, ORANGE]
 MAX_POINTS = 400
 """Points of a line: about one per pixel of the narrower charts."""
-MAX_BARS = 60
+MAX_BARS, NARROWEST = 60, 340
+"""Bars of a chart; pixels of its width on a telephone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def line_chart(chart: Chart, rows: Sequence[Metrics]) -> dict[str, Any] | None:
     encoding = {
         "x": {"field": "step", **_step_axis(rows)},
         "y": y,
-        "color": {"type": "nominal", "scale": colours, **_legend(show=len(drawn) > 1)},
+        "color": {"type": "nominal", "scale": colours, **_legend(colours["domain"])},
         "tooltip": [{"field": "step", "type": "quantitative"}, {"field": "value", "type": "quantitative"}],
     }
     return _spec(chart.title, {"height": chart.height, "encoding": encoding, "layer": layers})
@@ -103,7 +104,7 @@ def time_chart(rows: Sequence[Metrics], phases: dict[str, str]) -> dict[str, Any
         "x": {"field": "from", "bin": {"binned": True, "step": width}, **_step_axis(rows)},
         "x2": {"field": "to"},
         "y": {"field": "seconds", "type": "quantitative", "title": unit, "stack": True},
-        "color": {"field": "phase", "type": "nominal", "scale": colours, **_legend(show=True)},
+        "color": {"field": "phase", "type": "nominal", "scale": colours, **_legend(names)},
         "order": {"field": "order", "type": "quantitative"},
         "tooltip": [{"field": "phase", "type": "nominal"}, {"field": "seconds", "type": "quantitative"}],
     }
@@ -128,12 +129,13 @@ def bar_chart(title: str, unit: str, bars: dict[str, dict[str, float]]) -> dict[
         "y": {"field": "measure", "type": "nominal", "title": "measure", "sort": None},
         "yOffset": {"field": "model", "type": "nominal", "sort": models},
         "x": {"field": "value", "type": "quantitative", "title": unit, "scale": scale, "axis": {"tickCount": 6}},
-        "color": {"field": "model", "type": "nominal", "scale": colours, **_legend(show=True)},
+        "color": {"field": "model", "type": "nominal", "scale": colours, **_legend(models)},
     }
     label = {"type": "text", "align": "left", "baseline": "middle", "dx": 5, "fontSize": 12, "fill": "#333333"}
     number = {"text": {"field": "value", "type": "quantitative", "format": ".3f"}}
     layers = [{"mark": {"type": "bar"}}, {"mark": label, "encoding": number}]
-    return _spec(title, {"data": {"values": values}, "encoding": encoding, "layer": layers})
+    height = 90 + 22 * len(values)  # so that the numbers beside the bars do not touch
+    return _spec(title, {"height": height, "data": {"values": values}, "encoding": encoding, "layer": layers})
 
 
 def interval_chart(title: str, unit: str, gain: float, interval: tuple[float, float], margin: float) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def length_chart(title: str, sources: dict[str, dict[str, list[int]]], pack_toke
     }
     y = {"field": "share", "type": "quantitative", "title": "share of the source's units", "stack": None}
     colours = {"domain": list(sources), "range": [source_colour(i) for i in range(len(sources))]}
-    colour = {"type": "nominal", "scale": colours, **_legend(show=len(sources) > 1)}
+    colour = {"type": "nominal", "scale": colours, **_legend(colours["domain"])}
     for layer in layers:
         layer["encoding"] = {
             "x": x,
@@ -267,8 +269,15 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _legend(*, show: bool) -> dict[str, Any]:
-    return {"title": None, "legend": {"orient": "top", "direction": "horizontal"} if show else None}
+def _legend(labels: Sequence[str]) -> dict[str, Any]:
+    """A legend of two labels and more above the chart, in as many columns as a telephone has room for."""
+
+    def width(columns: int) -> float:  # each as wide as its longest label, about 6.2 pixels a character, and its symbol
+        return sum(6.2 * max(map(len, labels[column::columns])) + 32 for column in range(columns))
+
+    across = next((n for n in range(len(labels), 1, -1) if width(n) <= NARROWEST), 1)
+    shown = {"orient": "top", "direction": "horizontal", "columns": across}
+    return {"title": None, "legend": shown if len(labels) > 1 else None}
 
 
 def _spec(title: str, body: dict[str, Any]) -> dict[str, Any]:

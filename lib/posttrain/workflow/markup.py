@@ -37,13 +37,16 @@ STYLE = (
     ".pt .box{border:1px solid #e3e7ec;border-radius:6px;padding:.7rem .85rem}"
     ".pt .box b{display:block;font-size:1.55rem;line-height:1.3;color:#1f2733}"
     ".pt .box span{color:#5b6470;font-size:.85rem;display:block}"
+    ".pt .banner{border-left:4px solid #c9414b;background:#fbeced;border-radius:4px;padding:.7rem .95rem}"
+    ".pt .banner span{display:block;overflow-wrap:anywhere}"
     ".pt .scroll{overflow-x:auto}.pt .scroll+.scroll{margin-top:1rem}.pt table{border-collapse:collapse;width:100%}"
     ".pt th{text-align:left;padding:.35rem .75rem;border-bottom:1px solid #c4c9d0;white-space:nowrap}"
     ".pt td{text-align:left;vertical-align:top;background:none;padding:.35rem .75rem;"
     "border-bottom:1px solid #eceef1;overflow-wrap:anywhere}"
     ".pt .rich{min-width:10rem}.pt .plain{white-space:nowrap}"
     ".pt .number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}"
-    ".pt .said{font-family:var(--mono-font);font-size:.85rem;white-space:pre-wrap;unicode-bidi:isolate}"
+    ".pt .said{font-family:var(--mono-font);font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere;"
+    "unicode-bidi:isolate}"
     ".pt .faint{color:#7d8896}"
     ".pt .tokens{line-height:2.1}.pt .tokens .said{border-radius:3px;padding:.15rem .2rem;margin-right:2px}"
     ".pt .trained{background:#2f6fde;color:#fff;font-weight:700}.pt .trained .faint{color:#cfe0ff}"
@@ -85,6 +88,11 @@ def progress(done: int, total: int, note: str) -> Html:
         f"<div><b>Step {done:,} of {total:,}</b> &nbsp;{escaped(note)}</div>"
         f'<div class="track"><div style="width:{share:.1f}%"></div></div>'
     )
+
+
+def banner(title: str, text: str) -> Html:
+    """What nobody may overlook."""
+    return Html(f'<div class="banner"><b>{escaped(title)}</b><span>{escaped(text)}</span></div>')
 
 
 def boxes(found: Iterable[tuple[str, str, str]]) -> Html:
@@ -195,6 +203,14 @@ def number(value: float) -> str:
     if size >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3f}"
+
+
+def size(count: int) -> str:
+    """Bytes as 812 B, 45.2 kB, 1.20 MB, 16.4 GB: powers of a thousand."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(4, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.3g} {'kMGT'[power - 1]}B"
 
 
 def duration(seconds: float) -> str:

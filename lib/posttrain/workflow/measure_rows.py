@@ -41,11 +41,20 @@ async def measure_rows(
 
 
 async def row_scores(policy: Policy, units: Sequence[Unit]) -> dict[str, float]:
-    """Number of each unit -> mean log p of its trained tokens, nats: minus the row's own loss, so more is better."""
+    """Number of each unit -> what is better the more it is, nats.
+
+    Of a row mean log p of its trained tokens: minus its own loss. Of a pair log p(chosen) - log p(rejected), whose gain
+    over another model is the implicit reward margin of DPO with that model as reference, without beta (Rafailov et al.
+    2023, eq. 7).
+    """
     found = {}
     for number, unit in enumerate(await score(policy, units)):
-        weight = sum(float(sample.loss_mask.sum()) for sample in unit)
-        found[str(number)] = sum(sample.fields[FIELD] for sample in unit) / weight
+        sums = [sample.fields[FIELD] for sample in unit]
+        if len(unit) == 2:
+            found[str(number)] = sums[0] - sums[1]
+        else:
+            (sample,) = unit
+            found[str(number)] = sums[0] / float(sample.loss_mask.sum())
     return found
 
 

@@ -15,6 +15,7 @@ LABELS = {
     "calibration_error": "expected calibration error",
     "prefers_chosen": "chosen answer likelier",
     "margin": "margin of the chosen",
+    "preference": "log p of the chosen answer over the rejected, nats",
     "greedy_reward": "reward, greedy",
     "sampled_reward": "reward, sampled",
     "best_reward": "reward, best of k",

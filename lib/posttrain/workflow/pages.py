@@ -32,6 +32,8 @@ def show_evaluation(evaluation: dict[str, dict[str, Any]], *, card_id: str = "ev
     asked = "samples" in first
     noise = [f"{first['samples']} samples a row, with the same noise for every model"] if asked else []
     card.append(Markdown(markup.page("Evaluation on held-out rows", [f"{first['rows']:,} rows", *noise])))
+    if refused := list(evaluation.values())[-1].get("refused"):
+        card.append(Markdown(markup.block(markup.banner("The gate refuses this model", refused))))
     card.append(Markdown(verdict(evaluation)))
     for table in evaluation_tables(evaluation):
         card.append(Markdown(markup.block(markup.heading(table.title), markup.table(table.headings, table.rows))))
@@ -55,6 +57,52 @@ def show_promotion(
     for part in promotion_page(promotion, evaluation):
         card.append(VegaChart(part) if isinstance(part, dict) else Markdown(part))
     card.refresh()
+
+
+def show_export(exported: dict[str, Any], facts: dict[str, Any], *, card_id: str = "export") -> None:
+    """The export page: where the model is, that it is what was trained, which runs and rows made it, its files.
+
+    Args:
+        exported: what the step export returned.
+        facts: {"files": {name: {"bytes", "sha256"}}, "lineage": one mapping a run, the last one this}.
+    """
+    card = open_card(card_id)
+    for part in export_page(exported, facts):
+        card.append(Markdown(part))
+    card.refresh()
+
+
+def export_page(exported: dict[str, Any], facts: dict[str, Any]) -> list[markup.Html]:
+    """The export card from top to bottom."""
+    files, runs = facts["files"], facts["lineage"]
+    weights = [entry["bytes"] for name, entry in files.items() if name.endswith(".safetensors")]
+    held, agreed = exported["max_abs_diff"], exported.get("top1_agreement")
+    boxes = [
+        ("Largest difference", markup.number(float(held)), "of a logit or score, to what transformers opens"),
+        *([("Same likeliest token", f"{agreed:.1%}", "of all positions compared")] if agreed is not None else []),
+        ("Weights", markup.size(sum(weights)), f"safetensors, {len(weights)} file{'s' * (len(weights) > 1)}"),
+        ("Runs that made it", f"{len(runs):,}", f"the last one by {runs[-1]['method']}"),
+    ]
+    names = {"run": "run", "method": "method", "started_from": "started from", "data_fingerprint": "rows"}
+    names |= {"tokens_sha256": "token files", "config_sha256": "config", "tokenizer_sha256": "tokenizer"}
+    lineage = [[_short_hash(name, run.get(name)) for name in names] for run in runs]
+    table = [[name, markup.size(each["bytes"]), each["sha256"][:16]] for name, each in sorted(files.items())]
+    where = markup.lines([markup.said(exported["uri"]), markup.said(f"posttrain lineage {exported['uri']}")])
+    return [
+        markup.page("Exported model", [runs[-1]["run"], f"{len(files):,} files"]),
+        markup.block(markup.boxes(boxes)),
+        markup.block(markup.heading("Where it is", "And from there back to its rows."), where),
+        markup.block(
+            markup.heading("Lineage", "The first run first; rows, token files and config by their sha256."),
+            markup.table(list(names.values()), lineage),
+        ),
+        markup.block(markup.heading("Files"), markup.table(["file", "size", "sha256"], table)),
+    ]
+
+
+def _short_hash(name: str, value: str | None) -> str:
+    """Enough of a hash to tell it from others."""
+    return "" if value is None else value[:12] if name.endswith(("sha256", "fingerprint")) else value
 
 
 def promotion_page(

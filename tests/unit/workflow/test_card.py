@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from posttrain.workflow import charts, markup
 from posttrain.workflow.card import GRPO, SFT, View, all_charts, status
-from posttrain.workflow.pages import answers, promotion_page, verdict
+from posttrain.workflow.pages import answers, export_page, promotion_page, verdict
 
 HOSTILE = "a | b `c` \r\n\n# head <b>x</b> <script>y</script> \"q\" 'p' &amp; \u202e \x00 [l](http://e) </div>"
 
@@ -290,3 +290,21 @@ def test_a_promotion_shows_its_decision_both_models_and_the_interval(outcome: st
     values = [layer["data"]["values"][0] for layer in chart["layer"]]
     assert values == [{"low": 0.125, "high": 0.5}, {"gain": 0.25}, {"margin": 0.1}]
     json.dumps(chart)
+
+
+def test_an_export_shows_where_it_is_its_proof_its_runs_and_its_files():
+    run = {"run": "SFTFlow/1", "method": "sft", "started_from": "model fresh", "data_fingerprint": "ab" * 32}
+    files = {"model.safetensors": {"bytes": 1_234_567, "sha256": "c" * 64}, "a<b>": {"bytes": 7, "sha256": "d" * 64}}
+    made = {"uri": "s3://b/runs/<i>", "max_abs_diff": 2e-6, "top1_agreement": 1.0}
+    parts = export_page(made, {"files": files, "lineage": [run, run | {"run": "DPOFlow/2", "method": "dpo"}]})
+    opened = Opened("".join(parts))
+    for text in ("s3://b/runs/<i>", "2.00e-06", "100.0%", "1.23 MB", "DPOFlow/2", "abababababab", "a<b>", "7 B"):
+        assert text in opened.text, text
+    assert not {"i", "script"} & set(opened.tags)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (45_200, "45.2 kB"), (16_380_000_000, "16.4 GB")]
+)
+def test_sizes_are_powers_of_a_thousand(count, shown):
+    assert markup.size(count) == shown

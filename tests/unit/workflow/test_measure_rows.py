@@ -73,3 +73,13 @@ def test_the_score_of_a_row_is_minus_its_own_loss(tmp_path: Path):
     for number, unit in enumerate(units):
         alone = asyncio.run(measure_rows(policy, [unit], measures_of(config)))  # pyright: ignore[reportArgumentType]
         assert scores[str(number)] == pytest.approx(-alone["loss"], abs=1e-4)
+
+
+def test_the_score_of_a_pair_is_by_how_much_its_chosen_answer_is_likelier(tmp_path: Path):
+    _, policy, units, *_ = measured("dpo", tmp_path, warmup=None, **{"method.reference_free": True})
+    scores = asyncio.run(row_scores(policy, units))  # pyright: ignore[reportArgumentType]
+    apart = [(each,) for unit in units for each in unit]
+    alone = asyncio.run(row_scores(policy, apart))  # pyright: ignore[reportArgumentType]
+    for number, unit in enumerate(units):
+        sums = [alone[str(2 * number + side)] * float(each.loss_mask.sum()) for side, each in enumerate(unit)]
+        assert scores[str(number)] == pytest.approx(sums[0] - sums[1], abs=1e-4)
