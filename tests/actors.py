@@ -74,6 +74,11 @@ class EngineRank:
         batches = [collate(pack, pack_tokens=64) for pack in packs]
         return self.engine.train_step(step, batches, loss, denominator=denominator)
 
+    def flip_a_bit(self) -> None:
+        """The last of one weight, as a defective memory would."""
+        weight = next(self.engine.model.parameters()).detach()
+        weight.view(torch.int32).view(-1)[0] ^= 1
+
     def parameters(self) -> list[np.ndarray]:
         return [p.detach().numpy().copy() for p in self.engine.model.parameters()]
 

@@ -38,3 +38,11 @@ class Opening:
 
     async def rollout(self, row, talk):
         return float(len(await talk.turn({"role": "user", "content": "the board is empty"}) or ""))
+
+
+class Stuck:
+    """Waits after the first turn for what never comes."""
+
+    async def rollout(self, row, talk):
+        await talk.turn()
+        await asyncio.Event().wait()

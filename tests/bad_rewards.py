@@ -32,6 +32,13 @@ def as_the_row_says(row, completion):
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
             Path(row["pid_file"]).write_text(str(child.pid))
             child.wait()
+        case "count":  # its own calls, so that no two are alike
+            as_the_row_says.calls = getattr(as_the_row_says, "calls", 0) + 1
+            return as_the_row_says.calls
+        case "hang the second time":  # that it is asked for the first completion
+            if completion == "a" and getattr(as_the_row_says, "asked", False):
+                time.sleep(3600)
+            as_the_row_says.asked = True
         case "return":
             return row["value"]
     return 1.0

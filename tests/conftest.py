@@ -4,9 +4,20 @@ import os
 from uuid import uuid4
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("long", max_examples=20_000, deadline=None, print_blob=True)
+"""`pytest --hypothesis-profile long tests/fuzz` looks for as long as a night has."""
 
 # Ray reads it when it is imported, which a test may do before the first that brings a cluster up (compute/cluster.py).
 os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def pytest_collection_modifyitems(items):
+    """Reports of a marked test say so, also those that come from another process (benchmarks/reliability.py)."""
+    for item in items:
+        if item.get_closest_marker("fault"):
+            item.user_properties.append(("fault", True))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,9 @@ class NotingGenerator(StubGenerator):
         super().__init__(**{"model_uri": "", "stop_ids": (2,), "pad_id": 0} | arguments)
         self.folder = Path(folder)
 
+    def pid(self):
+        return os.getpid()
+
     def generate(self, requests):
         with open(self.folder / "calls", "a") as file:
             file.write(f"{self.version} {' '.join(str(request.seed) for request in requests)}\n")
@@ -41,6 +44,17 @@ class DiesWhenAsked(NotingGenerator):
 class Hangs(NotingGenerator):
     def generate(self, requests):
         threading.Event().wait()
+
+
+class HangsOnce(NotingGenerator):
+    """The first of its kind never answers its first call."""
+
+    def generate(self, requests):
+        made = super().generate(requests)
+        if not (self.folder / "hung").exists():
+            (self.folder / "hung").touch()
+            threading.Event().wait()
+        return made
 
 
 class RefusesSeed7(NotingGenerator):

@@ -101,8 +101,8 @@ class Rollout(Section):
     """Optimizer steps by which the weights that sampled a token may be behind those that it trains; 0 samples and
     trains in turn, more lets generators work while the policy trains."""
     max_failures: int = Field(default=2, ge=0)
-    """Generators that may die and are replaced, and groups that may be dropped because a generator raised; one more of
-    either stops the run."""
+    """Generators that may die or hang and are replaced, and groups that may be dropped because a generator raised; one
+    more of either stops the run."""
 
 
 class Checkpoint(Section):

@@ -62,17 +62,22 @@ def sections(text: str) -> set[str]:
 def _document(text: str, *, where: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        json.dumps(document, default=str, skipkeys=True)  # a value that holds itself, as YAML can say, has no end
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{where} is not YAML: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{where} must be a YAML mapping of sections, got {type(document).__name__}")
     base = document.pop("base", None)
     merged: dict[str, Any] = {}
     if base is not None:
-        path = Path(str(base)).expanduser().resolve()
+        try:
+            path = Path(str(base)).expanduser().resolve()
+            there = path.is_file()
+        except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, a home that is not there
+            raise ConfigError(f"{where}: base {base!r} is no path: {error}") from None
         if path in seen:
             raise ConfigError(f"{where}: base {base} includes itself")
-        if not path.is_file():
+        if not there:
             raise ConfigError(f"{where}: base {base} does not exist (looked for {path})")
         merged = _document(path.read_text(), where=str(base), seen=(*seen, path))
     for key, value in document.items():

@@ -46,7 +46,7 @@ def read_manifest(folder: str | Path, *, shown_as: str | None = None) -> dict[st
     """The manifest of a local folder.
 
     Raises:
-        CheckpointError: absent, not JSON, or of another format.
+        CheckpointError: absent, not JSON, of another format, or without its list of files.
     """
     name = shown_as or str(folder)
     path = Path(folder, MANIFEST)
@@ -54,11 +54,22 @@ def read_manifest(folder: str | Path, *, shown_as: str | None = None) -> dict[st
         raise CheckpointError(f"{name} has no {MANIFEST}: it was never committed")
     try:
         manifest = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}/{MANIFEST} is not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{name}/{MANIFEST} has another format than {FORMAT}; it was written by another version")
+    if not isinstance(files := manifest.get("files"), dict) or not all(map(_is_fact, files.values())):
+        raise CheckpointError(f"{name}/{MANIFEST} does not list files with bytes and sha256: it is damaged")
     return manifest
+
+
+def is_inside(relative: str) -> bool:
+    """Whether a path that someone else wrote stays in the folder that it is joined to."""
+    return not relative.startswith("/") and "\0" not in relative and ".." not in relative.split("/")
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("bytes")) is int and isinstance(value.get("sha256"), str)
 
 
 def verify_folder(folder: str | Path, *, shown_as: str | None = None) -> dict[str, Any]:
@@ -70,6 +81,8 @@ def verify_folder(folder: str | Path, *, shown_as: str | None = None) -> dict[st
     name = shown_as or str(folder)
     manifest = read_manifest(folder, shown_as=shown_as)
     for relative, expected in manifest["files"].items():
+        if not is_inside(relative):
+            raise CheckpointError(f"{name}/{MANIFEST} names {relative!r}, which is not in its folder; do not trust it")
         path = Path(folder, relative)
         if not path.is_file():
             raise CheckpointError(f"{name}/{relative} is missing")

@@ -16,7 +16,7 @@ from typing import Any
 
 from posttrain import faults, s3
 from posttrain.errors import CheckpointError
-from posttrain.manifest import MANIFEST, verify_folder, write_manifest
+from posttrain.manifest import MANIFEST, is_inside, verify_folder, write_manifest
 
 s3_client = s3.s3_client
 
@@ -100,12 +100,18 @@ def fetch(uri: str) -> Path:
 
 
 def download(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> Path:
-    """The objects below an s3:// prefix that end in one of `suffixes`, in a new local folder; nothing is verified."""
+    """The objects below an s3:// prefix that end in one of `suffixes`, in a new local folder; nothing is verified.
+
+    Raises:
+        CheckpointError: the key of an object would lie outside of that folder.
+    """
     bucket, prefix = s3.place(uri)
     local = Path(tempfile.mkdtemp(prefix="posttrain-"))
     for key in _keys(bucket, f"{prefix}/"):
         if not key.endswith(suffixes):
             continue
+        if not is_inside(key[len(prefix) + 1 :]):
+            raise CheckpointError(f"s3://{bucket}/{key} would be written outside of its folder; remove that object")
         target = local / key[len(prefix) + 1 :]
         target.parent.mkdir(parents=True, exist_ok=True)
         _download(bucket, key, target)

@@ -64,12 +64,14 @@ PLACES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", random.Random(20261129).sample(PLACES, 3))
+@pytest.mark.fault("F50", outcome="RESUME")
 def test_a_kill_at_a_random_place_loses_no_prompt_and_repeats_none(base: Prepared, tmp_path: Path, fault: str):
     assert grpo(base, tmp_path, fault=fault).returncode != 0
     check(tmp_path, result_of(grpo(base, tmp_path)))
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F50", outcome="RESUME")
 def test_a_checkpoint_says_how_far_the_prompts_under_way_were(base: Prepared, tmp_path: Path):
     assert grpo(base, tmp_path, fault="controller.before_train@6").returncode == -9
     folder = tmp_path / "checkpoints" / "grpo" / "step_000004"
@@ -81,6 +83,7 @@ def test_a_checkpoint_says_how_far_the_prompts_under_way_were(base: Prepared, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
+@pytest.mark.fault("F6", outcome="CONTINUE")
 def test_a_generator_killed_in_a_call_is_replaced_and_synchronous_training_has_the_same_bits(tmp_path: Path, lora):
     """With adapters, the new one gets what the others were sent once."""
     found = {}

@@ -1,5 +1,6 @@
 """Kill -9 in the middle of training, then resume: the same metrics, ledger and weights as a run left alone."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def uninterrupted(base: Prepared, tmp_path_factory: pytest.TempPathFactory) -> d
         pytest.param("controller.before_train@6", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.fault("F1", outcome="RESUME")
 def test_driver_killed_between_steps_resumes_bitwise(base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str):
     killed = grpo(base, tmp_path, fault=fault)
     assert killed.returncode == -9
@@ -63,6 +65,7 @@ def test_driver_killed_between_steps_resumes_bitwise(base: Prepared, uninterrupt
         pytest.param("checkpoint.after_tensors.1@2", "policy 1 died during ", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.fault("F1", outcome="RESUME")
 def test_rank_killed_in_a_step_or_around_a_write_resumes_bitwise(
     base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str, who: str
 ):
@@ -70,6 +73,7 @@ def test_rank_killed_in_a_step_or_around_a_write_resumes_bitwise(
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F2", outcome="RESUME")
 def test_rank_killed_in_the_midst_of_its_second_write_resumes_bitwise(
     base: Prepared, uninterrupted: dict, tmp_path: Path
 ):
@@ -87,10 +91,13 @@ def _killed_rank_resumes(base: Prepared, uninterrupted: dict, tmp_path: Path, *,
     assert not list((tmp_path / "checkpoints" / "grpo").glob("*.tmp-*"))
 
 
-def test_nothing_survives_a_killed_driver(base: Prepared, tmp_path: Path):
+@pytest.mark.fault("F9", outcome="STOP")
+def test_nothing_survives_a_killed_driver(base: Prepared, tmp_path: Path, record_property):
     grpo(base, tmp_path, fault="controller.before_train@1")
+    start = time.monotonic()
     psutil.wait_procs(_ray_processes(tmp_path), timeout=60)  # Ray's agents look for their parent every few seconds
     assert not _ray_processes(tmp_path)
+    record_property("detected_s", time.monotonic() - start)
 
 
 def _ray_processes(folder: Path) -> list[psutil.Process]:

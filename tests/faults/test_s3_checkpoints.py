@@ -1,5 +1,7 @@
 """Checkpoints on an S3 that fails: saved and read whole all the same, or a named error after a counted budget."""
 
+import time
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("percent", [0, 10, 50, 90])
+@pytest.mark.fault("F17", outcome="CONTINUE")
 def test_saves_and_restores_survive_a_share_of_failing_requests(proxy, s3_bucket, quick, percent):
     proxy.rate = percent / 100
     uri = f"{s3_bucket}/c"
@@ -29,6 +32,7 @@ def test_saves_and_restores_survive_a_share_of_failing_requests(proxy, s3_bucket
     assert (proxy.broken > 0) == (percent > 0)
 
 
+@pytest.mark.fault("F17", outcome="CONTINUE")
 def test_many_parts_of_one_shard_survive_failing_requests(proxy, s3_bucket, quick, monkeypatch):
     monkeypatch.setattr("posttrain.compute.shard_file.PIECE_BYTES", 1024 * 1024)
     monkeypatch.setattr("posttrain.compute.sinks.PART_BYTES", 5 * 1024 * 1024)
@@ -44,8 +48,9 @@ def test_many_parts_of_one_shard_survive_failing_requests(proxy, s3_bucket, quic
     assert torch.equal(read["model.large"], held["model.large"]) and proxy.broken > 5
 
 
+@pytest.mark.fault("F17", outcome="CONTINUE")
 def test_a_store_that_stays_away_is_a_named_error_in_bounded_time_and_the_last_good_one_stays(
-    proxy, s3_bucket, monkeypatch
+    proxy, s3_bucket, monkeypatch, record_property
 ):
     uri = f"{s3_bucket}/c"
     save_alone(uri, 1)
@@ -53,8 +58,10 @@ def test_a_store_that_stays_away_is_a_named_error_in_bounded_time_and_the_last_g
     with checkpoints(uri).writing() as saved:
         attempt = saved.begin(2, 1)
         proxy.rate = 1.0
+        start = time.monotonic()
         with pytest.raises(StorageError, match=r"writing s3://\S+/index\.json: given up after \d+ attempts"):
             saved.commit(attempt, shapes={}, reports=[], state={})
+        record_property("detected_s", time.monotonic() - start)
         proxy.rate = 0.0
         assert_is(saved.latest(), 1)
         save(saved, 2)
@@ -76,6 +83,7 @@ def test_a_disk_that_takes_no_byte_is_told_apart_from_a_mistake_of_ours(where):
 
 
 @pytest.mark.parametrize("fault", [Fault.RESET_IN_BODY, Fault.TRUNCATED, Fault.SERVER_ERROR])
+@pytest.mark.fault("F18", outcome="CONTINUE")
 def test_a_shard_whose_body_is_cut_is_read_again(proxy, s3_bucket, quick, fault):
     uri = f"{s3_bucket}/c"
     save_alone(uri, 1)

@@ -46,6 +46,7 @@ def patience_for(fault):
 
 
 @pytest.mark.parametrize("fault", RECOVERABLE)
+@pytest.mark.fault("F18", outcome="CONTINUE")
 def test_a_passing_fault_costs_an_attempt_and_no_byte(proxy, listed, fault):
     proxy.script.extend([fault, None, fault])
     with ranged(listed, patience=patience_for(fault)) as file:
@@ -54,6 +55,7 @@ def test_a_passing_fault_costs_an_attempt_and_no_byte(proxy, listed, fault):
     assert len(proxy.gets) == len(DATA) // CHUNK + 2
 
 
+@pytest.mark.fault("F17", outcome="CONTINUE")
 def test_a_mixed_storm_of_faults_on_many_threads_changes_no_byte(proxy, listed):
     storm = [fault for fault in RECOVERABLE if fault != Fault.STALLED]
     proxy.script.extend(fault for pair in zip(storm, [None] * len(storm), strict=True) for fault in pair)
@@ -80,6 +82,7 @@ def test_the_last_cause_is_part_of_the_error(proxy, listed):
         file.read(1)
 
 
+@pytest.mark.fault("F17", outcome="STOP")
 def test_a_store_that_is_not_there_is_given_up_after_the_budget(s3_bucket, s3_server, monkeypatch):
     storage.write_bytes(f"{s3_bucket}/data.bin", DATA)
     (listed,) = list_files(s3_bucket, suffixes=(".bin",))
@@ -90,6 +93,7 @@ def test_a_store_that_is_not_there_is_given_up_after_the_budget(s3_bucket, s3_se
         file.read(1)
 
 
+@pytest.mark.fault("F18", outcome="STOP")
 def test_a_body_that_drips_is_given_up_at_the_deadline(proxy, listed):
     proxy.always = Fault.DRIPPING  # 20 s for a chunk, and never silent for as long as the read timeout
     patience = dataclasses.replace(QUICK, deadline_s=0.5, read_timeout_s=10)

@@ -55,6 +55,7 @@ def uninterrupted(base: Prepared, tmp_path_factory: pytest.TempPathFactory) -> d
     return outcome(folder)
 
 
+@pytest.mark.fault("F3", outcome="RESUME")
 def test_a_sigterm_saves_after_the_step_and_the_retry_goes_on_bitwise(
     base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path
 ):
@@ -82,6 +83,7 @@ PLACES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", random.Random(20261128).sample(PLACES, 5))
+@pytest.mark.fault("F1", outcome="RESUME")
 def test_a_kill_at_a_random_place_resumes_bitwise(
     base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, fault: str
 ):
@@ -91,6 +93,7 @@ def test_a_kill_at_a_random_place_resumes_bitwise(
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F1", outcome="RESUME")
 def test_two_kills_of_one_run_resume_bitwise(base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path):
     assert train(base, tmp_path, fault="engine.before_update.1@5").returncode != 0
     second = train(base, tmp_path, fault="loop.before_train@5")
@@ -102,6 +105,7 @@ def test_two_kills_of_one_run_resume_bitwise(base: Prepared, uninterrupted: dict
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F19", outcome="RESUME")
 def test_a_flipped_bit_in_a_shard_falls_back_and_trains_to_the_same_bytes(
     base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path
 ):
@@ -120,6 +124,7 @@ def test_a_flipped_bit_in_a_shard_falls_back_and_trains_to_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F15", outcome="REFUSE")
 def test_a_second_run_of_the_same_root_is_refused_while_the_first_lives(base: Prepared, tmp_path: Path):
     running = started(base, tmp_path, "stop:policy.train_step.1@5")
     wait_for(running, tmp_path, f"warmup 4/{STEPS}")
@@ -155,8 +160,9 @@ def wait_for(process: subprocess.Popen, folder: Path, text: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F4", outcome="STOP")
 def test_a_second_sigterm_ends_at_once_and_the_checkpoint_is_whole(
-    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path
+    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, record_property
 ):
     # Rank 1 stops in step 5 for ever, so the first signal's step cannot end.
     running = started(base, tmp_path, "stop:policy.train_step.1@5")
@@ -164,20 +170,27 @@ def test_a_second_sigterm_ends_at_once_and_the_checkpoint_is_whole(
     running.send_signal(signal.SIGTERM)
     wait_for(running, tmp_path, "SIGTERM: saving after this step, then stopping; again ends at once")
     assert running.poll() is None
+    start = time.monotonic()
     running.send_signal(signal.SIGTERM)
     assert running.wait(timeout=10) == -signal.SIGTERM
+    record_property("detected_s", time.monotonic() - start)
     resumed = train(base, tmp_path)
     assert f"continuing after step 3 of {STEPS}" in resumed.stdout
     result_of(resumed)
     assert outcome(tmp_path) == uninterrupted
 
 
-def test_a_stopped_rank_ends_the_run_at_the_deadline_with_its_host_and_all_stacks(base: Prepared, tmp_path: Path):
+@pytest.mark.fault("F5", outcome="STOP")
+def test_a_stopped_rank_ends_the_run_at_the_deadline_with_its_host_and_all_stacks(
+    base: Prepared, tmp_path: Path, record_property
+):
     deadline_s = 20
     config = small_config(**{"warmup.num_steps": STEPS, "checkpoint.every_steps": 3, "rollout.timeout_s": deadline_s})
     running = started(base, tmp_path, "stop:policy.train_step.1@5", config)
     wait_for(running, tmp_path, f"warmup 4/{STEPS}")
+    start = time.monotonic()
     assert running.wait(timeout=deadline_s + 30) not in (0, EXIT_CODE)
+    record_property("detected_s", time.monotonic() - start)
     log = (tmp_path / "log").read_text()
     assert re.search(rf"WorkerHungError: policy [01]: train_step\(\) did not finish within {deadline_s} s", log)
     assert re.search(r"policy 1 is process \d+ on \S+ and does not answer", log)
@@ -192,6 +205,7 @@ def disk_size(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F12", outcome="CONTINUE")
 def test_a_full_disk_costs_saves_and_not_the_run_and_with_room_it_goes_on(
     base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, disk_size
 ):

@@ -45,6 +45,7 @@ def uninterrupted(base: tuple[str, Prepared], tmp_path_factory: pytest.TempPathF
     return {"ledger": result["ledger"], "rows": read_ledger(f"{folder}/ledger/warmup.jsonl"), "folder": folder}
 
 
+@pytest.mark.fault("F13", outcome="RESUME")
 def test_two_kills_and_one_two_and_four_ranks_train_the_same_global_batches(
     base: tuple[str, Prepared], uninterrupted: dict[str, Any], tmp_path: Path
 ):
@@ -59,6 +60,7 @@ def test_two_kills_and_one_two_and_four_ranks_train_the_same_global_batches(
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F1", outcome="RESUME")
 def test_a_kill_on_the_same_ranks_resumes_bitwise(
     base: tuple[str, Prepared], uninterrupted: dict[str, Any], tmp_path: Path
 ):

@@ -302,6 +302,7 @@ def test_a_run_killed_in_train_resumes_from_its_checkpoint(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F3", outcome="RESUME")
 def test_a_sigterm_in_train_is_a_retry_that_goes_on_where_it_was(tmp_path: Path):
     # Every attempt of the step gets a SIGTERM in its third training step; the third has none left to do.
     done = flow(tmp_path, *overrides(), "run", POSTTRAIN_FAULT="term:controller.before_train@3")
@@ -322,6 +323,7 @@ def test_a_sigterm_in_train_is_a_retry_that_goes_on_where_it_was(tmp_path: Path)
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml: no such file"]),
     ],
 )
+@pytest.mark.fault("F26", outcome="REFUSE")
 def test_a_wrong_config_is_refused_before_any_step(tmp_path: Path, arguments: list[str], messages: list[str]):
     refused = flow(tmp_path, *arguments, "run")
     text = refused.stdout + refused.stderr

@@ -60,6 +60,7 @@ def metadata_service():
 
 
 @pytest.mark.parametrize("place", ["kubernetes", "aws-batch"])
+@pytest.mark.fault("F3", outcome="RESUME")
 def test_a_spot_notice_is_a_sigterm_to_the_step(home, place):
     with metadata_service() as address:
         env = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}

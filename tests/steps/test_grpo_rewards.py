@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.errors import RewardError
+from posttrain.errors import EpisodeError, RewardError
 from runs import prepared, small_config
 from steps.grpo import grpo
 
@@ -19,6 +19,7 @@ def run(tmp_path: Path, function: str, **overrides: Any) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.fault("F45", outcome="CONTINUE")
 def test_one_failing_prompt_is_dropped_and_replaced(tmp_path: Path):
     # 40 prompts, 10 steps of 4: every prompt is drawn once, so exactly one group fails.
     result = run(tmp_path, "one_prompt_raises", **{"optim.num_steps": 9})
@@ -43,12 +44,14 @@ def test_a_failing_held_out_row_is_left_out_of_the_evaluation_only(tmp_path: Pat
         pytest.param("kills_its_process", r"reward [01] died during score\(\)", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.fault("F45", "F46", "F47", outcome="STOP")
 def test_a_reward_that_keeps_failing_stops_the_run_past_its_budget(tmp_path: Path, function: str, message: str):
     with pytest.raises(RewardError, match=rf"3 groups dropped .* reward.max_failures is 2; the last: .*{message}"):
         run(tmp_path, function, **{"reward.max_failures": 2, "reward.timeout_s": 1})
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F48", outcome="CONTINUE")
 def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
     result = run(tmp_path, "varies_for_half_of_the_prompts", **{"method.replace_silent": True})
     ledger = result["ledger"]
@@ -58,6 +61,7 @@ def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F48", outcome="STOP")
 def test_a_reward_that_never_varies_stops_a_run_that_waits_for_signal(tmp_path: Path):
     with pytest.raises(
         RewardError, match=r"40 groups in a row had no different rewards: .* too easy, too hard, or the reward"
@@ -72,6 +76,16 @@ def test_the_cost_of_length_is_a_part_of_the_reward_in_training_only(tmp_path: P
     assert -1 <= step["reward/overlong"] < 0
     assert step["reward/mean"] == pytest.approx(1 + step["reward/overlong"])
     assert step["eval/reward"] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F46", outcome="STOP")
+def test_an_environment_that_is_stuck_for_ever_stops_the_run_past_its_budget(tmp_path: Path):
+    config = {"rollout.environment": "bad_environments:Stuck", "reward.timeout_s": 2, "reward.max_failures": 1}
+    config = small_config(**config, **{"eval.every_steps": 100})
+    base = prepared(tmp_path, config)
+    with pytest.raises(EpisodeError, match=r"2 groups dropped for a failed environment, reward\.max_failures is 1"):
+        grpo(config, root=str(tmp_path), model_uri=base.model_uri, tokens_uri=base.tokens_uri)
 
 
 @pytest.mark.slow

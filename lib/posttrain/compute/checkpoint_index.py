@@ -131,7 +131,7 @@ def parse_index(data: bytes, *, where: str) -> Index:
     """
     try:
         return _parsed(json.loads(data))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DamagedError(f"{where} is no index of a checkpoint: {error!r}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from posttrain import storage
 from posttrain.compute.checkpoint_index import Index, parse_index
 from posttrain.errors import CheckpointError, DamagedError
-from posttrain.manifest import MANIFEST, json_sha256
+from posttrain.manifest import MANIFEST, is_inside, json_sha256
 
 STEP = re.compile(r"step_(\d{6,})")
 STATE, INDEX = "state.json", "index.json"
@@ -46,13 +46,13 @@ def open_checkpoint(uri: str) -> Found:
     manifest = _manifest(uri)
     folder = storage.join(uri, manifest["folder"]) if manifest["folder"] else uri
     index = parse_index(_proved(uri, manifest, INDEX), where=storage.join(folder, INDEX))
-    state = json.loads(_proved(uri, manifest, STATE))
+    state = _state(uri, manifest)
     return Found(step=manifest["step"], uri=uri, folder=folder, manifest=manifest, state=state, index=index)
 
 
 def read_state(uri: str) -> dict[str, Any]:
     """A checkpoint's plain values, proved by its manifest; its tensors stay unread."""
-    return json.loads(_proved(uri, _manifest(uri), STATE))
+    return _state(uri, _manifest(uri))
 
 
 def sealed(manifest: Mapping[str, Any]) -> bytes:
@@ -71,7 +71,7 @@ def _manifest(uri: str) -> dict[str, Any]:
         raise CheckpointError(f"{uri} has no {MANIFEST}: it was never committed")
     try:
         manifest = json.loads(storage.read_bytes(where))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where} is not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != json_sha256(manifest):
         raise DamagedError(f"{where} differs from its own hash: the bytes changed after they were written")
@@ -82,7 +82,24 @@ def _manifest(uri: str) -> dict[str, Any]:
         )
     if missing := FIELDS - manifest.keys():
         raise DamagedError(f"{where} has no {sorted(missing)}")
+    if not _is_sound(manifest):
+        raise DamagedError(f"{where} holds values that no checkpoint has, or a folder elsewhere")
     return manifest
+
+
+def _is_sound(manifest: Mapping[str, Any]) -> bool:
+    folder, files, step = manifest["folder"], manifest["files"], manifest["step"]
+    return isinstance(files, dict) and type(step) is int and isinstance(folder, str | None) and is_inside(folder or "")
+
+
+def _state(uri: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        state = json.loads(_proved(uri, manifest, STATE))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{storage.join(uri, STATE)} is not JSON: {error}") from None
+    if not isinstance(state, dict):
+        raise DamagedError(f"{storage.join(uri, STATE)} is no JSON object")
+    return state
 
 
 def _proved(uri: str, manifest: Mapping[str, Any], name: str) -> bytes:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from posttrain import faults
 from posttrain.compute.collective import Ranks, clip_grad_norm
 from posttrain.compute.master import Masters
+from posttrain.compute.replicas import CHECK_EVERY, check_replicas, replica
 from posttrain.compute.step_timer import StepTimer
 from posttrain.data.types import Batch
 from posttrain.errors import ComputeError
@@ -83,9 +84,11 @@ class Engine:
             the sum over the ranks, with the wait for the slowest of them, and the clipping.
 
         Raises:
-            ComputeError: loss or gradient is NaN or infinite. No rank has then changed its weights.
+            ComputeError: loss or gradient is NaN or infinite, or replicas of the model differ. No rank has then
+                changed its weights.
         """
         timer = timer or StepTimer(self.ranks.device)
+        self._check_replicas(step)
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             counts = number < len(batches) - repeats
@@ -175,15 +178,20 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             yield name, parameter if self._masters is None else self._masters.of(parameter)
 
+    def _check_replicas(self, step: int) -> None:
+        if self.ranks.world_size > 1 and step and step % CHECK_EVERY == 0:
+            check_replicas(self._gathered(replica(self._held())), step=step)
+
     def _global_means(self, sums: dict[str, float], denominator: float) -> dict[str, float]:
         """Metric sums over all ranks, divided by the global count. An empty rank adds zeros."""
         names = sorted(sums)
         if self.ranks.world_size > 1:
-            names = self._agree_on_names(names)
+            names = max(self._gathered(names), key=len)
         totals = self.ranks.sum([sums.get(name, 0.0) for name in names])
         return {name: total / denominator for name, total in zip(names, totals, strict=True)}
 
-    def _agree_on_names(self, names: list[str]) -> list[str]:
-        gathered: list[list[str]] = [[] for _ in range(self.ranks.world_size)]
-        torch.distributed.all_gather_object(gathered, names)
-        return max(gathered, key=len)
+    def _gathered(self, mine: Any) -> list[Any]:
+        """A plain value of every rank, in rank order."""
+        gathered: list[Any] = [None] * self.ranks.world_size
+        torch.distributed.all_gather_object(gathered, mine)
+        return gathered

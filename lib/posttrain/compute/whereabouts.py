@@ -1,6 +1,7 @@
-"""Where an actor runs and what it said last: for the report of a failure, when it can no longer be asked."""
+"""Where an actor runs and what it said last, for when it can no longer be asked; and its end."""
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,23 @@ def last_words(where: Whereabouts) -> str:
 def cause_of_death(where: Whereabouts) -> str:
     """What its machine says of a dead actor's end: that the memory was full; empty for nothing."""
     return "" if where.oom is None else _on_its_node(where, killed_since, where.oom, what=where.oom.file)
+
+
+def end_process(where: Whereabouts) -> None:
+    """Kill an actor's process, which may be stopped or hold Python's lock: Ray would ask it to end, and wait."""
+    said = _on_its_node(where, _kill, where.pid, what=f"process {where.pid}")
+    if said:
+        print(f"process {where.pid} on {where.host} was not killed: {said}", flush=True)
+
+
+def _kill(pid: int) -> str:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return ""  # it has ended
+    except PermissionError as error:
+        return str(error)
+    return ""
 
 
 def _on_its_node(where: Whereabouts, read: Callable[[Any], str], of: Any, *, what: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.compute.pool import Places, Pool, environment
 from posttrain.compute.stacks import print_stacks, watched
 from posttrain.compute.verl_workers import VerlWorkers
-from posttrain.compute.whereabouts import Whereabouts, cause_of_death, last_words, whereabouts
+from posttrain.compute.whereabouts import Whereabouts, cause_of_death, end_process, last_words, whereabouts
 from posttrain.deadline import DeadlineError, within
 from posttrain.errors import ComputeError, PosttrainError, WorkerDiedError, WorkerHungError
 
@@ -80,6 +80,20 @@ class ActorGroup:
     def replaceable(self) -> bool:
         """Whether replace() works: verl's groups live and die as a whole."""
         return isinstance(self.members, RayActors)
+
+    def end(self, rank: int) -> None:
+        """Kill one actor, whatever it is at; its calls that are under way fail as those of one that died."""
+        import ray
+
+        if (where := self.where(rank)) is not None:
+            end_process(where)
+        ray.kill(self.actors[rank])  # pyright: ignore[reportArgumentType]
+
+    def is_there(self, argument: Any) -> bool:
+        """Whether an argument of a call could be passed: false of a handle whose result is not made yet."""
+        import ray
+
+        return not isinstance(argument, ray.ObjectRef) or bool(ray.wait([argument], timeout=0, fetch_local=False)[0])
 
     def replace(self, rank: int) -> None:
         """Put a new actor, made as the first was, where one has died; it knows nothing of what the first did."""

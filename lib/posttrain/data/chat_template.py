@@ -23,6 +23,9 @@ Spans = list[tuple[int, int]]
 TODAY = datetime(2024, 7, 26)
 """What strftime_now says in a template: the date that Llama 3's templates fall back to."""
 
+_RAISED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""By a template on a field that it lacks, or that is of another kind than it thinks."""
+
 _TRACKER = threading.Lock()
 """A compiled template tracks the spans of one rendering at a time, and threads share it."""
 
@@ -63,8 +66,7 @@ class ChatTemplate:
                     strftime_now=strftime_now,
                     **self.variables,
                 )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # what a template raises on a field it lacks
+        except (TemplateError, *_RAISED) as error:
             detail = f"the chat template cannot render {str(messages)[:200]}: {error}"
             raise RowError("template_refused", detail) from None
         return texts[0], [(int(start), int(end)) for start, end in spans[0]] if self.has_markers else []

@@ -63,9 +63,11 @@ def index(file: File) -> Shard:
         if file.uri.endswith(".arrow"):
             return _index_arrow(file)
         return _index_lines(file)
-    except (pa.ArrowException, EOFError) as error:
+    except (pa.ArrowException, EOFError, UnicodeDecodeError, MemoryError) as error:  # of lengths that damage claims
         kind = file.uri.rsplit(".", 1)[-1]
-        raise DataError(f"{file.uri} is not a whole {kind} file: {error}; write it again") from None
+        raise DataError(
+            f"{file.uri} is not a whole {kind} file: {str(error) or type(error).__name__}; write it again"
+        ) from None
     except OSError as error:
         raise DataError(f"{file.uri} cannot be read: {error}") from None
 
@@ -95,10 +97,15 @@ class Reader:
         try:
             if uri.endswith(".parquet"):
                 self._parquet = self._parquet or pq.ParquetFile(self._raw, page_checksum_verification=True)
-                return self._parquet.read_row_group(block, use_threads=False)
+                return _sound(self._parquet.read_row_group(block, use_threads=False))
             if uri.endswith(".arrow"):
-                return pa.Table.from_batches([self._batch(block)])
-        except (pa.ArrowException, OSError) as error:  # a page's checksum is an OSError
+                return _sound(pa.Table.from_batches([_sound(self._batch(block), full=False)]))
+        except (
+            pa.ArrowException,
+            OSError,
+            UnicodeDecodeError,
+            MemoryError,
+        ) as error:  # a page's checksum is an OSError
             raise DataError(f"{uri}, block {block}: its bytes are damaged: {error}; write the file again") from None
         at = self.shard.blocks[block]
         self._raw.seek(at.offset)
@@ -123,6 +130,21 @@ class Reader:
         schema = pa.ipc.read_schema(pa.PythonFile(self._raw, mode="r"))
         self._raw.seek(self.shard.blocks[block].offset)
         return pa.ipc.read_record_batch(pa.ipc.read_message(pa.PythonFile(self._raw, mode="r")), schema)
+
+
+def _sound(values: Any, *, full: bool = True) -> Any:
+    """A batch or table of pyarrow whose lengths and offsets lie within its buffers: to look at others may kill the
+    process, and pyarrow decodes a damaged file without looking.
+
+    Args:
+        full: look at every offset and at UTF-8 too, before values are read.
+
+    Raises:
+        pa.ArrowInvalid, UnicodeDecodeError: they do not, or a column's name is no text.
+    """
+    values.validate(full=full)
+    assert isinstance(values.schema.names, list)  # which decodes them
+    return values
 
 
 Records = pa.Table | list[bytes]
@@ -177,7 +199,7 @@ def _index_arrow(file: File) -> Shard:
     with open_file(file) as raw:
         if _is_arrow_file(raw):
             reader = pa.ipc.open_file(raw)
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            batches = [_sound(reader.get_batch(i), full=False) for i in range(reader.num_record_batches)]
             blocks = [Block(rows=b.num_rows, bytes=b.nbytes, offset=0, length=0) for b in batches]
             chain.update(str(reader.schema).encode())
         else:
@@ -188,7 +210,7 @@ def _index_arrow(file: File) -> Shard:
                 message = pa.ipc.read_message(stream)
                 if message.type != "record batch":
                     raise DataError(f"{file.uri}: holds a {message.type}; write it without dictionary columns")
-                batch = pa.ipc.read_record_batch(message, schema)
+                batch = _sound(pa.ipc.read_record_batch(message, schema), full=False)
                 blocks.append(Block(rows=batch.num_rows, bytes=batch.nbytes, offset=at, length=raw.tell() - at))
             if raw.read() != _END_OF_STREAM:
                 raise DataError(f"{file.uri} is not a whole arrow file: its stream has no end; write it again")

@@ -172,7 +172,9 @@ def check_source(source: str | Sequence[str], *, key: str) -> None:
     try:
         data_files(source)
     except DataError as error:
-        where = "" if storage.is_s3(source) else f" (looked for {Path(source).expanduser().resolve()})"
+        where = (
+            "" if storage.is_s3(source) or "\0" in source else f" (looked for {Path(source).expanduser().resolve()})"
+        )
         raise DataError(f"{key}: {error}{where}") from None
 
 
@@ -240,6 +242,17 @@ def _json_lines(rows: Iterable[Any], where: str) -> Iterator[str]:
             raise DataError(f"{where}, row {number}: {error}; keep to strings, numbers, lists and maps") from None
 
 
+def _described(uri: str, key: str, kind: type) -> list[Any]:
+    """A list of one kind that a file of Hugging Face's has under a key; empty where it has none."""
+    try:
+        found = json.loads(storage.read_bytes(uri)).get(key) or []
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{uri} is no description of a dataset: {error}; save the dataset again") from None
+    if not isinstance(found, list) or not all(isinstance(entry, kind) for entry in found):
+        raise DataError(f"{uri}: {key} is {str(found)[:80]!r}; save the dataset again")
+    return found
+
+
 def _function_records(source: str, key: str, seed: int) -> Iterator[tuple[int, int, Any]]:
     for number, record in enumerate(resolve(source, key=key)(seed)):
         yield 0, number, record
@@ -247,19 +260,20 @@ def _function_records(source: str, key: str, seed: int) -> Iterator[tuple[int, i
 
 def data_files(uri: str) -> list[File]:
     """The data files below a URI. A Hugging Face dataset names its own, among cache files that are not data."""
+    if "\0" in uri:
+        raise DataError(f"{uri!r} is no path: it holds a NUL")
     uri = uri if storage.is_s3(uri) else str(Path(uri).expanduser())
     if storage.exists(storage.join(uri, "dataset_dict.json")):
-        splits = json.loads(storage.read_bytes(storage.join(uri, "dataset_dict.json"))).get("splits", [])
+        splits = _described(storage.join(uri, "dataset_dict.json"), "splits", str)
         one = splits[0] if splits else "train"
         raise DataError(f"{uri} holds the splits {', '.join(splits)}; name one of them: {uri.rstrip('/')}/{one}")
     files = list_files(uri, suffixes=SUFFIXES)
     state_file = storage.join(uri, "state.json")
     if not storage.exists(state_file):
         return files
-    state = json.loads(storage.read_bytes(state_file))
-    if state.get("_indices_data_files"):
+    if _described(state_file, "_indices_data_files", object):
         raise DataError(f"{uri} is a selection of another dataset's rows; call flatten_indices() before saving it")
-    named = [entry["filename"] for entry in state.get("_data_files", [])]
+    named = [str(entry.get("filename")) for entry in _described(state_file, "_data_files", dict)]
     below = {file.uri.rsplit("/", 1)[-1]: file for file in files}
     missing = [name for name in named if name not in below]
     if missing:

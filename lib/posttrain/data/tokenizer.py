@@ -49,7 +49,7 @@ class BaseHFModelTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no tokenizer: {error}") from None
         found = self.hf.chat_template

@@ -20,7 +20,7 @@ from posttrain.manifest import json_sha256
 from posttrain.model.export import copy_description, mend_dtype, write_tensors
 from posttrain.model.families import FAMILIES, parse_config
 from posttrain.model.forward import logits
-from posttrain.model.load import read_config
+from posttrain.model.load import FROM_FOLDER, read_config
 from posttrain.model.tensor_file import open_tensor_files
 from posttrain.model.verify import batch_of, random_documents
 
@@ -129,7 +129,7 @@ def load_native(
     # sdpa ignores a softcap on attention scores, eager does not.
     sdpa = plain._supports_sdpa and getattr(hf, "attn_logit_softcapping", None) is None
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa" if sdpa else "eager"
+        folder, dtype=dtype, attn_implementation="sdpa" if sdpa else "eager", **FROM_FOLDER
     )
     native = NativeModel(model, native_config(folder)).to(device).eval()
     prove(native, where=str(folder))

@@ -35,6 +35,9 @@ S3_THREADS = 16
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+"""How transformers opens a folder: no network, no code of the folder's own, no pickle."""
+
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a model folder, on disk or S3.

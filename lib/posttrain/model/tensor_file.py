@@ -46,6 +46,8 @@ DTYPES = {
 }
 """The format's names of dtypes that torch has."""
 
+_MOST_ELEMENTS = 2**60
+"""Dimensions that torch's strides hold, also those of a tensor without elements."""
 _OPENERS = 16
 _PREADV_BYTES = 1 << 30  # Linux returns at most 0x7ffff000 bytes a call
 
@@ -218,6 +220,8 @@ def _entry(uri: str, name: str, value: Any) -> _Entry:
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise _damaged(uri, f"{name} has shape {shape!r} and data_offsets {offsets!r}; both are lists of counts")
     first, end = offsets
+    if prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
+        raise _damaged(uri, f"{name} has shape {shape!r}, more than any tensor")
     expected = prod(shape) * dtype.itemsize
     if end - first != expected:
         raise _damaged(

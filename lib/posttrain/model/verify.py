@@ -15,7 +15,7 @@ from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
 from posttrain.errors import ModelError
 from posttrain.model.decoder import Decoder
-from posttrain.model.load import load_decoder
+from posttrain.model.load import FROM_FOLDER, load_decoder
 from posttrain.model.verify_modules import first_divergence
 from posttrain.model.weights import hf_name, to_hf
 
@@ -108,7 +108,7 @@ def open_transformers(folder: str | Path) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    kwargs = {"dtype": torch.float32, "local_files_only": True, "attn_implementation": "eager"}
+    kwargs = {"dtype": torch.float32, "attn_implementation": "eager"} | FROM_FOLDER
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
 
 

@@ -8,7 +8,7 @@ import torch
 from posttrain.errors import ModelError
 from posttrain.model.forward import forward
 from posttrain.model.heads import NATIVE
-from posttrain.model.load import load_decoder
+from posttrain.model.load import FROM_FOLDER, load_decoder
 from posttrain.model.verify import TOLERANCE, batch_of, random_documents
 
 
@@ -26,7 +26,7 @@ def compare_scores(folder: str | Path, *, seed: int = 0, num_docs: int = 6) -> d
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    kwargs: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "attn_implementation": "eager"}
+    kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"} | FROM_FOLDER
     model, theirs = load_decoder(folder), AutoModelForSequenceClassification.from_pretrained(folder, **kwargs).eval()
     documents = random_documents(model, seed=seed, num_docs=num_docs, without=theirs.config.pad_token_id)
     ours = forward(model, batch_of(documents), with_logprobs=False).scores[NATIVE]

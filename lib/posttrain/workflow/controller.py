@@ -113,9 +113,10 @@ class Controller:
             async with supervised() as self.tasks:
                 for step in range(first, self.plan.num_steps):
                     groups, metrics = await self._step(step, prompts, clock)
-                    metrics |= clock.metrics(metrics) | self.saver.metrics()
+                    metrics |= clock.metrics(metrics) | self.saver.metrics() | self.maker.metrics()
                     self.observers.step({"step": step, **metrics})
                     self.observers.note(self.policy.notes)
+                    self.observers.note(self.maker.notes)
                     self.observers.rollouts(step, groups, self.maker.take_dropped())
                     clock = Clock()  # a commit counts to the step that has to wait for it
                     with clock.phase("checkpoint"):
@@ -206,6 +207,8 @@ class Controller:
         Args:
             dead_only: to those that are to be replaced.
         """
+        if dead_only:
+            self.buffer.wake()  # groups that wait for a generator in another's place have all their time again
         async with self._weights:
             await self.push.push(self.version, self._dtype, dead_only=dead_only)
             if not dead_only:

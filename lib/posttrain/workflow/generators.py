@@ -1,8 +1,8 @@
 """Requests of many coroutines become calls to generators: who asks waits for its own answer, and nothing else.
 
 A generator that takes one call at a time gets all that waits in one large call, as that is what a batch engine is
-fast at; one that takes many gets a call for each that asks. One that dies is replaced, sent the current weights, and
-what it was at is asked again, with the same seeds. One that hangs stops the run at the deadline.
+fast at; one that takes many gets a call for each that asks. One that dies, or hangs and is killed at its deadline, is
+replaced, sent the current weights, and what it was at is asked again, with the same seeds.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class Generators:
     """The generators of a run, behind one generate().
 
     Args:
-        max_failures: deaths in the whole run that are made good; one more stops it.
+        max_failures: deaths and hangs in the whole run that are made good; one more stops it.
     """
 
     def __init__(self, group: ActorGroup, *, timeout_s: float, max_failures: int = 0):
@@ -79,7 +79,7 @@ class Generators:
 
         Raises:
             GenerationError: the generator raised on these requests, or answered another number.
-            ComputeError: it hung; or died, and more have died than may.
+            ComputeError: it died or hung, and more have than may.
         """
         loop = asyncio.get_running_loop()
         asked = _Asked(requests, loop.create_future(), began)
@@ -93,7 +93,7 @@ class Generators:
         return (await self.group.call("weight_dtype", timeout_s=self.timeout_s))[0]
 
     async def sync(self, version: int, weights: Callable[[int], Any], *, dead_only: bool = False) -> dict[int, str]:
-        """Send weights to all generators, replacing those that have died; digests of what they hold, by rank.
+        """Send weights to all generators, replacing those that die or hang; digests of what they hold, by rank.
 
         A generator that takes one call at a time is between calls then.
 
@@ -101,7 +101,7 @@ class Generators:
             weights: (rank) -> what that generator gets, or a handle to it; asked again if another takes its place.
 
         Raises:
-            ComputeError: one hung; or died, and more have died than may.
+            ComputeError: one died or hung, and more have than may; or the weights did not come.
         """
         ranks = sorted(self._dead) if dead_only else list(range(len(self.group)))
         self._held = not dead_only and self.calls_at_once == 1
@@ -144,10 +144,15 @@ class Generators:
         while True:
             if rank in self._dead:
                 self.group.replace(rank)
+            sent = weights(rank)
             try:
-                digest = await self.group.call_one(rank, "sync", version, weights(rank), timeout_s=self.timeout_s)
-            except WorkerDiedError as error:
-                self._died(rank, error)
+                digest = await self.group.call_one(rank, "sync", version, sent, timeout_s=self.timeout_s)
+            except (WorkerDiedError, WorkerHungError) as error:
+                if isinstance(error, WorkerHungError) and not self.group.is_there(sent):
+                    raise WorkerHungError(
+                        f"{error}\nIt waited for weights that did not come: the policy hangs"
+                    ) from None
+                self._lost(rank, error)
                 continue
             self._dead.discard(rank)
             return digest
@@ -206,7 +211,7 @@ class Generators:
                 answer, made = made[: len(asked.requests)], made[len(asked.requests) :]
                 if not asked.answer.done():
                     asked.answer.set_result(answer)
-        except WorkerDiedError as error:
+        except (WorkerDiedError, WorkerHungError) as error:
             self._waiting.extendleft(reversed(calls))
             if rank not in self._dead and self.group.actors[rank] is actor:  # else its other calls have told of it
                 self._bury(rank, error)
@@ -216,7 +221,7 @@ class Generators:
             self.busy.add(-1)
 
     def _call_failed(self, calls: list[_Asked], error: Exception) -> None:
-        if isinstance(error, WorkerHungError) or not isinstance(error, ComputeError):
+        if not isinstance(error, ComputeError):
             self._fail(calls, error)
         elif len(calls) == 1:
             self._fail(calls, GenerationError(str(error)))
@@ -225,24 +230,28 @@ class Generators:
                 asked.alone = True
             self._waiting.extendleft(reversed(calls))
 
-    def _bury(self, rank: int, error: WorkerDiedError) -> None:
+    def _bury(self, rank: int, error: ComputeError) -> None:
         try:
-            self._died(rank, error)
-        except WorkerDiedError as final:
+            self._lost(rank, error)
+        except ComputeError as final:
             self._fail(self._waiting, final)
         else:
             self._start(self._repairs, self._repair())
 
-    def _died(self, rank: int, error: WorkerDiedError) -> None:
-        """Count a death; raise where it may not be made good."""
+    def _lost(self, rank: int, error: ComputeError) -> None:
+        """Count a death or a hang, of which it makes a death; raise where it may not be made good."""
         self.deaths += 1
         if self.send_weights is None or not self.group.replaceable:
             raise error
         if self.deaths > self.max_failures:
-            raise WorkerDiedError(
-                f"{error}\n{self.deaths} generators died, rollout.max_failures is {self.max_failures}"
+            raise type(error)(
+                f"{error}\n{self.deaths} generators died or hung, rollout.max_failures is {self.max_failures}"
             )
-        print(f"generator {rank} died and is replaced: {str(error).splitlines()[0]}", flush=True)
+        hung = isinstance(error, WorkerHungError)
+        if hung:
+            self.group.end(rank)
+        what = "hung, is killed" if hung else "died"
+        print(f"generator {rank} {what} and is replaced: {str(error).splitlines()[0]}", flush=True)
         self._dead.add(rank)
 
     async def _repair(self) -> None:

@@ -133,12 +133,16 @@ class GroupBuffer:
         """take(), as soon as there is one.
 
         Raises:
-            DeadlineError: no draw was finished for `stall_s` seconds; says how far they are.
+            DeadlineError: no draw was finished, and nothing woke it, for `stall_s` seconds; says how far they are.
         """
         while (batch := self.take()) is None:
             self._changed.clear()
             await within(stall_s, self._stalled, self._changed.wait())
         return batch
+
+    def wake(self) -> None:
+        """Count the time of next_batch() anew."""
+        self._changed.set()
 
     def _stalled(self) -> str:
         phases = {phase: uids for phase, uids in self.ledger.state()["open"].items() if phase != "scored"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import storage
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, StorageError
 
 FIELDS = {"step", "digest", "draws", "dropped"}
 
@@ -50,7 +50,11 @@ class LedgerFile:
             file.truncate(sum(map(len, lines)))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add the line of the next step."""
+        """Add the line of the next step.
+
+        Raises:
+            StorageError: the disk takes no more; a torn line is forgotten by the resume.
+        """
         assert self._restored, f"{self.uri}: restore() comes before append()"
         assert row["step"] == self.step and row.keys() == FIELDS, f"{self.uri}: step {self.step} is next, got {row}"
         line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
@@ -58,8 +62,14 @@ class LedgerFile:
         if self._lines is not None:
             self._lines.append(line)
             return
-        with open(self.uri, "ab") as file:
-            file.write(line)
+        try:
+            with open(self.uri, "ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise StorageError(
+                f"{self.uri}: {error.strerror}; a run without its ledger proves nothing, so it ends. Fix: make room, "
+                "and start it again; it goes on from its last checkpoint"
+            ) from None
 
     def flush(self) -> None:
         """Make every line so far durable; call it before a checkpoint of its step is committed, and at the end."""

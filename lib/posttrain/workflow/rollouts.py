@@ -177,6 +177,16 @@ class RolloutMaker:
         self._dropped.append((prompt, dropped))
         return dropped
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the rewards, each once; who shows a note takes it away."""
+        return [] if self.rewards is None else self.rewards.notes
+
+    def metrics(self) -> dict[str, float]:
+        """Groups so far that had other rewards when they were scored again, where there are any."""
+        differed = 0 if self.rewards is None else self.rewards.differed
+        return {"reward/nondeterministic": float(differed)} if differed else {}
+
     def take_dropped(self) -> list[DroppedGroup]:
         """What was dropped since the last call, of it the latest MOST_DROPPED."""
         taken = list(self._dropped)

@@ -100,6 +100,7 @@ def test_only_the_newest_are_kept(root_uri):
 
 
 @pytest.mark.parametrize("name", ["index.json", "state.json", "manifest.json"])
+@pytest.mark.fault("F19", outcome="RESUME")
 def test_a_damaged_newest_is_named_set_aside_and_the_one_before_is_used(root_uri, name, capsys):
     save_alone(root_uri, 1, 2)
     newest = storage.join(root_uri, "step_000002")
@@ -111,6 +112,7 @@ def test_a_damaged_newest_is_named_set_aside_and_the_one_before_is_used(root_uri
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
+@pytest.mark.fault("F19", outcome="RESUME")
 def test_a_shard_that_is_not_there_in_full_is_found_without_reading_it(root_uri, damage, capsys):
     save_alone(root_uri, 1, 2)
     where = file_of(storage.join(root_uri, "step_000002"), SHARD)
@@ -123,6 +125,7 @@ def test_a_shard_that_is_not_there_in_full_is_found_without_reading_it(root_uri,
 
 
 @pytest.mark.parametrize("at", [-1, -9, -21])
+@pytest.mark.fault("F19", outcome="RESUME")
 def test_a_flipped_bit_of_any_tensor_is_named_when_it_is_read(root_uri, at):
     save_alone(root_uri, 1)
     flip(storage.join(root_uri, "step_000001"), at=at)
@@ -169,6 +172,7 @@ def test_the_next_writer_keeps_what_was_set_aside(root_uri):
     keep=st.integers(1, 3),
     events=st.lists(st.sampled_from(["save", "damage", "crash", "restart"]), min_size=1, max_size=12),
 )
+@pytest.mark.fault("F24", outcome="RESUME")
 def test_as_long_as_one_save_is_sound_there_is_one_to_resume_from(tmp_path_factory, keep, events):
     root = str(tmp_path_factory.mktemp("root"))
     step, sound = 0, set()
@@ -203,6 +207,7 @@ def test_as_long_as_one_save_is_sound_there_is_one_to_resume_from(tmp_path_facto
         ({**IDENTITY, **{f"n{i}": i for i in range(12)}}, "and 2 more;"),
     ],
 )
+@pytest.mark.fault("F21", outcome="REFUSE")
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(root_uri, identity, difference):
     save_alone(root_uri, 1)
     with pytest.raises(CheckpointError) as error:
@@ -211,6 +216,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(root_uri, iden
     assert_is(checkpoints(root_uri).latest(), 1)
 
 
+@pytest.mark.fault("F21", outcome="REFUSE")
 def test_another_architecture_is_refused_with_names_shapes_and_dtypes(tmp_path):
     save_alone(str(tmp_path), 1)
     index = checkpoints(tmp_path).latest().index
@@ -227,6 +233,7 @@ def test_another_architecture_is_refused_with_names_shapes_and_dtypes(tmp_path):
         assert text in str(error.value)
 
 
+@pytest.mark.fault("F22", outcome="REFUSE")
 def test_missing_optimizer_state_is_refused_by_name(tmp_path):
     with checkpoints(tmp_path).writing() as saved:
         held = {"model.weight": tensors(1)["model.weight"]}
@@ -236,6 +243,7 @@ def test_missing_optimizer_state_is_refused_by_name(tmp_path):
         checkpoints(tmp_path).latest().index.check_same(blank(), where="here")
 
 
+@pytest.mark.fault("F23", outcome="REFUSE")
 def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path, monkeypatch):
     monkeypatch.setattr("posttrain.compute.checkpoint.FORMAT", 2)
     with pytest.raises(CheckpointError, match="format 2, and this version of posttrain reads 1"):
@@ -246,6 +254,7 @@ def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path, monkeypatc
 GOLDEN = TESTS / "golden" / "checkpoint_format_1"
 
 
+@pytest.mark.fault("F23", outcome="RESUME")
 def test_the_checkpoint_that_format_1_was_defined_by_loads_for_ever():
     assert_is(checkpoints(GOLDEN).latest(), 7)
     assert open_checkpoint(str(GOLDEN / "step_000007")).manifest["made_from"] == {"model_uri": "/m", "backend": "b"}
@@ -292,6 +301,7 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("fault", "step"), PHASES.items())
+@pytest.mark.fault("F2", outcome="RESUME")
 def test_kill_minus_nine_in_any_phase_leaves_a_whole_checkpoint(killed, fault, step):
     uri = str(killed / fault)
     assert_is(checkpoints(uri).latest(), step)
@@ -300,6 +310,7 @@ def test_kill_minus_nine_in_any_phase_leaves_a_whole_checkpoint(killed, fault, s
     assert storage.list_folders(uri) == ["step_000004", "step_000005"], "what was left half done is gone"
 
 
+@pytest.mark.fault("F2", outcome="RESUME")
 def test_kill_minus_nine_leaves_a_whole_checkpoint_on_s3(s3_bucket):
     phases = {"checkpoint.before_commit@2": 1, "checkpoint.after_commit@2": 2}
     run_until_killed(f"{s3_bucket}/c", phases)

@@ -52,6 +52,7 @@ def lease(uri, **times) -> Lease:
     return Lease(uri, **({"renew_s": 0.05, "expire_s": 20.0} | times))
 
 
+@pytest.mark.fault("F15", outcome="REFUSE")
 def test_a_living_second_writer_is_refused_and_told_who_writes(root_uri, holder):
     start = time.monotonic()
     with pytest.raises(CheckpointError, match=rf"is being written by process {holder.pid} on \S+, under lease 1\."):
@@ -60,6 +61,7 @@ def test_a_living_second_writer_is_refused_and_told_who_writes(root_uri, holder)
     holder.communicate("x")
 
 
+@pytest.mark.fault("F15", outcome="CONTINUE")
 def test_a_killed_writer_of_this_machine_holds_nobody_up(root_uri, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
@@ -69,6 +71,7 @@ def test_a_killed_writer_of_this_machine_holds_nobody_up(root_uri, holder):
     mine.release()
 
 
+@pytest.mark.fault("F15", outcome="STOP")
 def test_a_paused_writer_is_overtaken_and_cannot_commit(root_uri, holder):
     os.kill(holder.pid, signal.SIGSTOP)
     mine = lease(root_uri, expire_s=0.5)

@@ -19,6 +19,7 @@ MORE = ["4:hybrid", "3:columns", "4:cube", "3:fsdp", "2:columns", "3:whole", "4:
 
 
 @pytest.mark.parametrize("plan", [PLAN, pytest.param(MORE, marks=pytest.mark.slow)], ids=["1-2-4-1", "more"])
+@pytest.mark.fault("F13", outcome="RESUME")
 def test_every_rank_reads_its_part_bitwise_from_any_other_sharding(tmp_path, plan):
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
@@ -60,6 +61,7 @@ def report(**changes):
         ({"sha256": []}, "0 hashes"),
     ],
 )
+@pytest.mark.fault("F20", outcome="REFUSE")
 def test_an_index_that_does_not_add_up_is_refused(changes, message):
     good = index_of({"w": (2,)}, [report()]).to_json()
     assert parse_index(good, where="here").num_bytes == 16
@@ -75,6 +77,7 @@ def test_an_index_that_does_not_add_up_is_refused(changes, message):
 
 
 @pytest.mark.parametrize("name", ["../rank_00000.safetensors", "/etc/passwd", "rank_0.safetensors"])
+@pytest.mark.fault("F20", outcome="REFUSE")
 def test_an_index_names_no_file_outside_its_folder(name):
     document = index_of({"w": (2,)}, [report()]).to_json().decode().replace("rank_00000.safetensors", name)
     with pytest.raises(DamagedError, match="is no index of a checkpoint"):

@@ -39,6 +39,7 @@ def test_a_budget_counts_all_sources_and_leaves_out_what_the_policy_drops():
         check_budget(counts, max_bad_rows=1)
 
 
+@pytest.mark.fault("F28", outcome="REFUSE")
 def test_a_source_of_which_nothing_is_left_says_what_became_of_its_rows():
     empty = counted(BAD, *[RowError("too_long", "x")] * 2)
     with pytest.raises(

@@ -40,9 +40,11 @@ def test_blocks_hold_the_lines_of_the_file_in_order(data, size):
         (b"[1]", "not_a_record"),
     ],
 )
+@pytest.mark.fault("F30", outcome="REFUSE")
 def test_a_line_that_is_no_record_says_so(line, reason):
     assert parse_lines([line])[0].reason == reason
 
 
+@pytest.mark.fault("F30", outcome="CONTINUE")
 def test_a_byte_order_mark_is_no_part_of_a_record():
     assert parse_lines(['\ufeff{"a": 1}'.encode()]) == [{"a": 1}]

@@ -137,6 +137,7 @@ def test_masks_are_those_of_trls_training_templates_but_for_what_follows_or_open
 
 
 @pytest.mark.parametrize("name", STOCK)
+@pytest.mark.fault("F33", outcome="REFUSE")
 def test_any_stock_template_is_trained_rightly_or_refused(opened, name):
     tokenizer = opened(name)
     rows = [{"messages": messages, "tools": tools} for messages, tools in (*FIXTURES, (CHAT, None))]
@@ -210,6 +211,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.fault("F20", outcome="REFUSE")
 def test_a_hostile_template_is_refused_or_trains_each_answer_once(tmp_path, template):
     tokenizer = BaseHFModelTokenizer(save_tokenizer(tmp_path, template))
     try:
@@ -222,6 +224,7 @@ def test_a_hostile_template_is_refused_or_trains_each_answer_once(tmp_path, temp
 
 
 @pytest.mark.parametrize("name", ["counts the messages", "ends no turn", "marks only the text", "ends a turn twice"])
+@pytest.mark.fault("F33", outcome="REFUSE")
 def test_a_template_whose_stop_token_would_not_be_trained_once_is_refused(tmp_path, name):
     tokenizer = BaseHFModelTokenizer(save_tokenizer(tmp_path, HOSTILE[name]))
     with pytest.raises(DataError, match="generation"):

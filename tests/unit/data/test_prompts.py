@@ -15,6 +15,7 @@ def tokenizer(tmp_path_factory):
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.mark.fault("F36", outcome="REFUSE")
 def test_a_prompt_of_exactly_the_limit_is_accepted_and_one_token_more_is_named_with_the_limit(tokenizer):
     length = len(tokenizer.prompt(QUESTION["messages"]))
     longer = {"messages": [{"role": "user", "content": "sort 213"}]}

@@ -84,6 +84,7 @@ DIRECT = {"conversation": Format.messages, "prompt": Format.messages, "unpaired"
         ),
     ],
 )
+@pytest.mark.fault("F32", outcome="REFUSE")
 def test_each_fault_of_a_conversation_has_a_reason_and_says_where(messages, reason, says):
     caught = fault(messages)
     assert (caught.reason, says in str(caught)) == (reason, True), str(caught)
@@ -158,6 +159,7 @@ def test_text_of_tools_is_checked():
         ({"rejected": None}, "wrong_schema"),
     ],
 )
+@pytest.mark.fault("F40", outcome="REFUSE")
 def test_each_fault_of_a_pair_has_a_reason(changes, reason):
     row = {"prompt": [USER], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "5"}]}
     check_row(row, wanted="preference")
@@ -204,6 +206,7 @@ def test_rows_made_by_hand_are_checked_too(row, wanted, reason):
         ("text", 7, Format.text, "text"),
     ],
 )
+@pytest.mark.fault("F31", outcome="REFUSE")
 def test_a_column_of_the_wrong_type_is_named(column, value, format, wanted):
     record = {"instruction": "q", "output": "a", "prompt": "q", "completion": "a", column: value}
     with pytest.raises(RowError, match=column) as caught:

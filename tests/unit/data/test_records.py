@@ -87,6 +87,7 @@ def test_a_reading_says_why():
         ({"text": "x"}, "novel", ["wanted is 'novel'", "conversation"]),
     ],
 )
+@pytest.mark.fault("F31", outcome="REFUSE")
 def test_what_cannot_be_recognised_says_what_was_expected_found_and_the_fix(record, wanted, parts):
     with pytest.raises(DataError) as caught:
         detect(record, wanted=wanted)
@@ -176,6 +177,7 @@ def test_pairs_with_and_without_a_prompt_become_the_same_row():
         {"prompt": json.dumps([USER, WRONG, USER]), "chosen": [USER, RIGHT], "rejected": [USER, WRONG]},
     ],
 )
+@pytest.mark.fault("F40", outcome="REFUSE")
 def test_a_pair_that_shares_no_prompt_is_refused(record):
     with pytest.raises(RowError) as caught:
         convert(record, Format.preference, wanted="preference")

@@ -119,6 +119,7 @@ def test_a_function_of_completions_gets_the_group_at_once():
 
 
 @pytest.mark.parametrize("value", [[1.0], [1.0, 2.0, 3.0], 1.0, None, "ab", {"a": 1, "b": 2}], ids=str)
+@pytest.mark.fault("F47", outcome="CONTINUE")
 def test_a_group_with_another_number_of_rewards_is_an_error(value):
     with pytest.raises(RewardError, match=rf"{__name__}:per_group returned .*, not a value for each of 2; asked 'q'"):
         worker(per_group).score({"value": value, "messages": [{"content": "q"}]}, ["a", "bb"])

@@ -87,6 +87,7 @@ def test_names_from_the_data_cannot_break_a_message_into_lines_or_make_it_endles
 
 @pytest.mark.parametrize("value", [b"x", date(2026, 1, 1), {"a": [b"x"]}])
 @pytest.mark.parametrize("place", ["tool_calls", "tools", "events"])
+@pytest.mark.fault("F30", outcome="REFUSE")
 def test_values_that_json_cannot_hold_are_named_by_their_place(value, place):
     call = {"role": "assistant", "content": "4", "tool_calls": [{"name": "f", "arguments": {"when": value}}]}
     record = {
@@ -122,6 +123,7 @@ def test_columns_nested_without_end_are_a_bad_row():
         ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "preference"),
     ],
 )
+@pytest.mark.fault("F39", outcome="REFUSE")
 def test_a_held_out_question_is_refused_whatever_its_format_and_costs_no_budget(record, wanted):
     RowReader(wanted=wanted)(record)
     with pytest.raises(DataError) as caught:

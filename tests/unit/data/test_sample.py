@@ -41,6 +41,7 @@ def test_a_column_of_another_length_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("mask", [[0, 0, 0], [1, 0, 0]], ids=["none", "only-the-first-which-nothing-predicts"])
+@pytest.mark.fault("F34", outcome="REFUSE")
 def test_a_sample_that_trains_nothing_is_refused(mask):
     with pytest.raises(DataError, match="no trained token among 3"):
         shift([1, 2, 3], mask)

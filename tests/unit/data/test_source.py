@@ -82,6 +82,7 @@ def test_a_function_is_called_with_the_seed():
         (b'{"prompt": 12}', "rows.jsonl:3: "),
     ],
 )
+@pytest.mark.fault("F29", "F30", outcome="REFUSE")
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, problem):
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "x"}\n\n' + line + b"\n{}\n")
     with pytest.raises(DataError) as error:
@@ -101,6 +102,7 @@ def test_what_a_function_returns_is_checked_too():
         read(f"{__name__}:not_rows")
 
 
+@pytest.mark.fault("F28", outcome="REFUSE")
 def test_no_rows_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\n\r\n")
     (tmp_path / "rows.parquet").write_bytes(parquet_bytes(RECORDS[:0]))
@@ -109,6 +111,7 @@ def test_no_rows_are_refused(tmp_path):
             read(str(source))
 
 
+@pytest.mark.fault("F29", outcome="REFUSE")
 def test_a_damaged_parquet_file_is_refused_by_name(tmp_path):
     whole, path = parquet_bytes([{"prompt": f"question {number}"} for number in range(100)]), tmp_path / "rows.parquet"
     place = whole.index(b"question 50")
@@ -232,6 +235,7 @@ def test_every_file_type_is_read_from_s3(tmp_path, s3_bucket, name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.fault("F29", outcome="REFUSE")
 def test_a_file_cut_short_is_refused_by_name(tmp_path, name):
     path = tmp_path / name
     WRITERS[name](MANY, path)

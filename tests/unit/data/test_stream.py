@@ -102,6 +102,7 @@ def test_two_resumes_at_any_batch_give_the_batches_of_the_uninterrupted_run(
         assert digest(loader.take(G)) == digests[first + second]
 
 
+@pytest.mark.fault("F14", outcome="CONTINUE")
 def test_windows_do_not_depend_on_who_computed_those_before(tokenizer, files):
     walked = stream(tokenizer, files)
     for index in range(6):
@@ -141,6 +142,7 @@ def flawed(tmp_path):
     return str(tmp_path / "flawed.jsonl")
 
 
+@pytest.mark.fault("F32", outcome="CONTINUE")
 def test_bad_rows_are_counted_within_their_budget(tokenizer, flawed):
     with loading(stream(tokenizer, [flawed], max_draws=(20,)), max_bad_rows=2) as loader:
         packs = loader.take(1)
@@ -151,6 +153,7 @@ def test_bad_rows_are_counted_within_their_budget(tokenizer, flawed):
         assert again.state()["dropped"] == {"unknown_role": 1, "not_json": 1}, "not counted twice"
 
 
+@pytest.mark.fault("F32", outcome="STOP")
 def test_one_bad_row_too_many_stops_the_run_and_is_named(tokenizer, flawed):
     with (
         loading(stream(tokenizer, [flawed], max_draws=(20,)), max_bad_rows=1) as loader,
@@ -166,17 +169,20 @@ def lengthy(tmp_path):
     return str(tmp_path / "lengthy.jsonl")
 
 
+@pytest.mark.fault("F35", outcome="STOP")
 def test_a_row_too_long_is_an_error_that_shows_the_lengths(tokenizer, lengthy):
     with pytest.raises(DataError, match=r"1 of 10 rows are longer than a pack of 64 tokens, the longest \d+ \("):
         stream(tokenizer, [lengthy], max_draws=(10,)).window(0)
 
 
+@pytest.mark.fault("F35", outcome="CONTINUE")
 def test_a_row_too_long_can_be_dropped_and_counted(tokenizer, lengthy):
     window = stream(tokenizer, [lengthy], max_draws=(10,), over_long="drop").window(0)
     assert [each.reason for each in window.dropped] == ["too_long"]
     assert sum(each.num_units for each in window.packs) == 9
 
 
+@pytest.mark.fault("F35", outcome="CONTINUE")
 def test_a_row_too_long_can_be_split_and_every_trained_token_is_trained_once(tokenizer, lengthy):
     def trained(window):
         return sum(each.loss_tokens for each in window.packs)

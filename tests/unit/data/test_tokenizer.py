@@ -88,6 +88,7 @@ def test_the_mask_covers_assistant_text_and_its_stop_token_in_every_turn(tokeniz
 
 
 @given(CONVERSATION)
+@pytest.mark.fault("F38", outcome="CONTINUE")
 def test_every_turns_text_and_stop_token_are_trained_exactly_once(tokenizer, wordy, messages):
     for each in (tokenizer, wordy):
         ids, mask = each.conversation(messages)
@@ -185,6 +186,7 @@ def test_markers_may_be_written_without_dashes(copied, tokenizer):
 
 
 @pytest.mark.parametrize("changes", [{"pad_token": "<|im_end|>"}, {"pad_token": None}])
+@pytest.mark.fault("F38", outcome="CONTINUE")
 def test_a_pad_token_that_is_the_stop_token_or_missing_is_chosen_from_the_vocabulary_and_saved(copied, changes):
     edit_config(copied, **changes)
     tokenizer = BaseHFModelTokenizer(copied)
@@ -204,6 +206,7 @@ def test_a_vocabulary_without_a_token_to_pad_with_is_refused(tmp_path):
         BaseHFModelTokenizer(tmp_path)
 
 
+@pytest.mark.fault("F38", outcome="REFUSE")
 def test_a_tokenizer_without_an_eos_token_is_refused(copied):
     edit_config(copied, eos_token=None)
     with pytest.raises(DataError, match="needs an eos token"):
@@ -225,6 +228,7 @@ def test_the_token_that_ends_a_turn_is_a_stop_token_where_eos_is_another(tmp_pat
     assert names == ["<end_of_turn>", "<eos>"] and gemma.stop_id == gemma.stop_ids[0]
 
 
+@pytest.mark.fault("F38", outcome="REFUSE")
 def test_a_second_beginning_of_text_is_refused(tmp_path):
     """Many templates write the token themselves, and one pasted before them makes two."""
     folder = save_tokenizer(tmp_path, "{{ bos_token }}{{ bos_token }}" + CHATML, bos="<s>")

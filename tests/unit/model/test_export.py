@@ -69,6 +69,7 @@ def ours(model) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_bytes", [5e9, 20_000])
+@pytest.mark.fault("F25", outcome="CONTINUE")
 def test_a_round_trip_keeps_every_bit(tmp_path: Path, dtype: torch.dtype, tied: bool, shard_bytes: float):
     source = dense(tmp_path / "a", dtype=dtype, tied=tied)
     export_model(load_decoder(source, dtype=None), tmp_path / "b", like=source, shard_bytes=shard_bytes)
@@ -93,6 +94,7 @@ def test_a_mixture_of_experts_round_trips(tmp_path: Path):
     assert_same_weights(weights_of(tmp_path / "b"), weights_of(tmp_path / "a"))
 
 
+@pytest.mark.fault("F25", outcome="CONTINUE")
 def test_shards_open_in_transformers_with_the_same_logits(tmp_path: Path):
     source = dense(tmp_path / "a")
     export_model(load_decoder(source), tmp_path / "b", like=source, shard_bytes=20_000)
@@ -143,6 +145,7 @@ def test_tokenizer_and_template_travel_and_a_manifest_does_not(tmp_path: Path):
         assert (tmp_path / "b" / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.fault("F37", outcome="CONTINUE")
 def test_a_grown_vocabulary_opens_in_transformers(tmp_path: Path):
     source = dense(tmp_path / "a")
     model = load_decoder(source, vocab_size=110)

@@ -148,6 +148,7 @@ def test_an_environment_without_a_reward_leaves_it_to_the_config(tokenizer):
         ("control token", EpisodeError, "the environment's messages.* holds the control token"),
     ],
 )
+@pytest.mark.fault("F46", outcome="CONTINUE")
 def test_an_environment_that_fails_costs_its_group_alone(tokenizer, monkeypatch, does, kind, message):
     monkeypatch.setattr("posttrain.workflow.environments.PING_SECONDS", 1.0)
     prompts = [prompt_of(tokenizer, uid=0), prompt_of(tokenizer, uid=1, does=does), prompt_of(tokenizer, uid=2)]

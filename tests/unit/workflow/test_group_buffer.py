@@ -95,6 +95,7 @@ def play(run: Run, choose, drops: set[int], *, until: int) -> None:
     steps=st.integers(1, 5),
     drops=st.sets(st.integers(0, 25), max_size=12),
 )
+@pytest.mark.fault("F7", outcome="CONTINUE")
 def test_any_order_of_events_trains_the_same_batches_within_the_age_bound(data, batch, staleness, steps, drops):
     def choose(count):
         return data.draw(st.integers(0, count - 1))
@@ -145,6 +146,7 @@ def test_drops_past_their_budget_stop_the_run_also_when_some_were_before_a_resum
         run.finish(6, FAILED)
 
 
+@pytest.mark.fault("F48", outcome="STOP")
 def test_groups_without_signal_stop_the_run_only_when_many_are_in_a_row():
     silent = Dropped(reason="no_signal")
     run = Run(Ledger(), batch=2, staleness=0, steps=9)
@@ -157,6 +159,7 @@ def test_groups_without_signal_stop_the_run_only_when_many_are_in_a_row():
         run.finish(run.under_way()[0], silent)
 
 
+@pytest.mark.fault("F7", outcome="STOP")
 def test_a_run_in_which_no_group_comes_to_an_end_stops_and_says_how_far_they_are():
     async def wait() -> list[Group]:
         run = Run(Ledger(), batch=3, staleness=0, steps=1)
@@ -168,6 +171,20 @@ def test_a_run_in_which_no_group_comes_to_an_end_stops_and_says_how_far_they_are
     with pytest.raises(DeadlineError, match=message) as error:
         asyncio.run(wait())
     assert "1 queued, first draw 0" in str(error.value)
+
+
+@pytest.mark.fault("F7", outcome="CONTINUE")
+def test_a_wait_that_is_woken_has_all_its_time_again():
+    async def wait() -> float:
+        run = Run(Ledger(), batch=3, staleness=0, steps=1)
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        loop.call_later(0.2, run.buffer.wake)
+        with pytest.raises(DeadlineError):
+            await run.buffer.next_batch(stall_s=0.4)
+        return loop.time() - start
+
+    assert asyncio.run(wait()) >= 0.55
 
 
 def test_the_end_of_a_group_costs_the_same_however_many_are_open():

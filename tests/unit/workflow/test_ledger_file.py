@@ -9,8 +9,9 @@ from contextlib import closing
 import pytest
 
 from posttrain import storage
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, StorageError
 from posttrain.workflow.ledger_file import LedgerFile, read_ledger
+from small_disk import small_disk
 
 
 def row(step):
@@ -140,3 +141,19 @@ def test_a_killed_process_leaves_its_lines_on_disk(tmp_path):
     killed = subprocess.run([sys.executable, "-c", code], env=dict(os.environ), timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert [each["step"] for each in read_ledger(uri)] == [0, 1, 2]
+
+
+@pytest.mark.fault("F12", outcome="STOP")
+def test_a_disk_too_full_for_a_line_stops_the_run_and_the_resume_forgets_the_torn_one(tmp_path):
+    with small_disk(tmp_path / "ledger") as size:
+        uri = str(tmp_path / "ledger" / "warmup.jsonl")
+        file = written(uri, 3)
+        (tmp_path / "ledger" / "filler").write_bytes(b"x" * 60 * 1024)
+        with pytest.raises(StorageError, match=r"warmup\.jsonl: No space left on device; .*it goes on from its last"):
+            for step in range(3, 1000):
+                file.append(row(step))
+        size(1024)
+        again = LedgerFile(uri)
+        again.restore(3)
+        again.append(row(3))
+        assert read_ledger(uri) == [row(step) for step in range(4)]

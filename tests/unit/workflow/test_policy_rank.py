@@ -105,6 +105,7 @@ class TooLarge:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
+@pytest.mark.fault("F10", outcome="STOP")
 def test_a_full_gpu_is_named_with_the_packs_the_plan_and_the_fix(models):
     rank, packs = rank_of(models), rollouts()
     with pytest.raises(ComputeError) as caught:

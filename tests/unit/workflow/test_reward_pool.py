@@ -34,12 +34,16 @@ def test_groups_are_scored_side_by_side_and_come_back_in_order(tmp_path: Path):
     assert found == [[(1.0, {"reward": 1.0}), (2.0, {"reward": 2.0})]] * 3
 
 
-def test_a_hang_costs_its_group_alone_and_its_process_is_replaced():
+@pytest.mark.fault("F46", outcome="CONTINUE")
+def test_a_hang_costs_its_group_alone_and_its_process_is_replaced(record_property):
+    start = time.monotonic()
     found = run("bad_rewards:as_the_row_says", [GOOD | {"does": "hang"}, GOOD], timeout_s=2)
     assert isinstance(found[0], RewardError) and "reward 0: score() did not finish within 2 s" in str(found[0])
     assert found[1] == [(1.0, {"reward": 1.0})] * 2
+    record_property("detected_s", time.monotonic() - start)
 
 
+@pytest.mark.fault("F46", outcome="CONTINUE")
 def test_a_child_that_hangs_in_a_session_of_its_own_is_killed_too(tmp_path: Path):
     pid_file = tmp_path / "pid"
     found = run("bad_rewards:as_the_row_says", [{"does": "hang in a child", "pid_file": str(pid_file)}], timeout_s=2)
@@ -48,12 +52,14 @@ def test_a_child_that_hangs_in_a_session_of_its_own_is_killed_too(tmp_path: Path
     assert not status.exists() or "\nState:\tZ" in status.read_text()
 
 
+@pytest.mark.fault("F46", outcome="CONTINUE")
 def test_a_process_that_dies_is_an_error_and_is_replaced():
     found = run("bad_rewards:as_the_row_says", [{"does": "die"}, GOOD])
     assert str(found[0]) == "reward 0 died during score(): exit status 3"
     assert found[1] == [(1.0, {"reward": 1.0})] * 2
 
 
+@pytest.mark.fault("F45", outcome="CONTINUE")
 def test_a_reward_that_raises_names_the_function_the_completion_and_the_question():
     found = run("bad_rewards:as_the_row_says", [GOOD | {"does": "raise"}, GOOD])
     assert str(found[0]) == (
@@ -63,6 +69,39 @@ def test_a_reward_that_raises_names_the_function_the_completion_and_the_question
 
 
 @pytest.mark.parametrize("value", [None, "1.0", [1.0], {"format": 1.0, "answer": None}, {}], ids=json.dumps)
+def again(rows, *, every):
+    """Scores, how many groups differed, and the notes, of one process that is asked again for one group of `every`."""
+
+    async def score():
+        pool = RewardPool("bad_rewards:as_the_row_says", timeout_s=2, ask_again=every)
+        await pool.ready()
+        scores = [await pool.score(row, ["a", "bb"]) for row in rows]
+        return scores, pool.differed, pool.notes
+
+    return asyncio.run(score())
+
+
+@pytest.mark.fault("F49", outcome="CONTINUE")
+def test_a_reward_that_is_not_deterministic_is_counted_and_told_once_and_its_first_scores_count():
+    scores, differed, notes = again([{"does": "count"}] * 4, every=2)
+    assert [[value for value, _ in group] for group in scores] == [[1, 2], [3, 4], [7, 8], [9, 10]]
+    assert differed == 2 and len(notes) == 1
+    assert notes[0].startswith("the reward is not deterministic: it gave one group [[3.0")
+
+
+@pytest.mark.fault("F49", outcome="CONTINUE")
+def test_a_reward_that_is_deterministic_is_never_said_to_be_otherwise():
+    scores, differed, notes = again([GOOD] * 3, every=1)
+    assert (differed, notes) == (0, []) and len(scores) == 3
+
+
+@pytest.mark.fault("F49", outcome="CONTINUE")
+def test_a_second_scoring_that_hangs_costs_its_process_and_not_the_group():
+    scores, differed, _ = again([{"does": "hang the second time"}, GOOD], every=1)
+    assert scores == [[(1.0, {"reward": 1.0})] * 2] * 2 and differed == 1
+
+
+@pytest.mark.fault("F47", outcome="CONTINUE")
 def test_what_is_no_number_is_an_error_and_never_zero(value):
     (found,) = run("bad_rewards:as_the_row_says", [GOOD | {"does": "return", "value": value}])
     assert isinstance(found, RewardError)

@@ -82,6 +82,7 @@ async def step(saver: Saver, group: OneRank, number: int) -> None:
     await saver.after_step(number, lambda: {"step": number})
 
 
+@pytest.mark.fault("F12", outcome="CONTINUE")
 def test_three_saves_lost_to_a_full_disk_are_told_and_counted_and_the_fourth_is_good(disk, group, capsys):
     async def train() -> None:
         with checkpoints(disk / "saved").writing() as saved:
@@ -101,6 +102,7 @@ def test_three_saves_lost_to_a_full_disk_are_told_and_counted_and_the_fourth_is_
     assert len(said) == 3 and all("s of work are unsaved" in line and "are needed" in line for line in said)
 
 
+@pytest.mark.fault("F12", outcome="STOP")
 def test_a_run_stops_once_more_work_is_unsaved_than_it_may_lose(disk, group):
     async def train() -> None:
         with checkpoints(disk / "saved").writing() as saved:

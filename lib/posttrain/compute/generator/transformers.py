@@ -43,7 +43,7 @@ class TransformersGenerator:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         folder = storage.fetch(model_uri)
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(self.device).eval()
         self.stop_ids, self.pad_id, self.max_batch = tuple(stop_ids), pad_id, max_batch
         self.constraint = None if constraint is None else load_constraint(constraint, folder)

@@ -137,7 +137,7 @@ class VllmGenerator:
         from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
 
-        shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         if on_cpu:
             keep_weights_unpacked(shape)
         longest = shape.max_position_embeddings
