@@ -35,7 +35,7 @@ def reward(row: dict, completion: str) -> float:
 
 def flows_folder() -> Path:
     """The flows of this posttrain: in the package where it was built as a wheel, beside lib/ in a checkout."""
-    packed = Path(posttrain.__file__).parent / "project"
+    packed = Path(posttrain.__file__).parents[1] / "posttrain_project"
     return (packed if packed.is_dir() else Path(posttrain.__file__).parents[2]) / "flows"
 
 

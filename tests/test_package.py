@@ -45,8 +45,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_library_its_types_and_what_init_copies(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"posttrain/py.typed", "posttrain/cli.py", "posttrain/data/templates/chatml.jinja", "steps/grpo.py"} <= names
-    assert {"posttrain/project/flows/base.py", "posttrain/project/configs/grpo_tiny.yaml"} <= names
-    assert "posttrain/project/docs/config.md" in names
+    assert {"posttrain_project/flows/base.py", "posttrain_project/configs/grpo_tiny.yaml"} <= names
+    assert "posttrain_project/docs/config.md" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs")) or "__pycache__" in name]
 
 
