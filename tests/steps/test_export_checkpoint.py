@@ -53,13 +53,13 @@ def test_the_command_makes_a_folder_that_transformers_opens_with_equal_weights(r
     root, weights = run
     step, out = str(root / "checkpoints" / "sft" / "step_000003"), tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "posttrain.cli", "export", step, str(out)], capture_output=True, text=True
+        [sys.executable, "-m", "posttrain.cli", "export", step, str(out), "--json"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 3
     assert_opens(out, weights)
     again = subprocess.run(
-        [sys.executable, "-m", "posttrain.cli", "export", step, str(out)], capture_output=True, text=True
+        [sys.executable, "-m", "posttrain.cli", "export", step, str(out), "--json"], capture_output=True, text=True
     )
     assert again.returncode == 1 and "already published" in again.stderr
 

@@ -72,7 +72,7 @@ def test_the_installed_command_is_this_one():
     assert callable(getattr(import_module(module), name))
 
 
-COMMANDS = ["init", "doctor", "preview", "plan", "audit", "verify", "export", "chat", "registry"]
+COMMANDS = ["init", "doctor", "preview", "plan", "audit", "verify", "export", "lineage", "chat", "registry"]
 HELP = [[], *([name] for name in COMMANDS), ["registry", "show"], ["registry", "rollback"]]
 
 

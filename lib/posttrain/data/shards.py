@@ -143,7 +143,7 @@ def _sound(values: Any, *, full: bool = True) -> Any:
         pa.ArrowInvalid, UnicodeDecodeError: they do not, or a column's name is no text.
     """
     values.validate(full=full)
-    assert isinstance(values.schema.names, list)  # which decodes them
+    values.schema.to_string(show_field_metadata=False, show_schema_metadata=False)  # which decodes every name
     return values
 
 

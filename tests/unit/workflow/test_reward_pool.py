@@ -68,7 +68,6 @@ def test_a_reward_that_raises_names_the_function_the_completion_and_the_question
     assert found[1] == [(1.0, {"reward": 1.0})] * 2
 
 
-@pytest.mark.parametrize("value", [None, "1.0", [1.0], {"format": 1.0, "answer": None}, {}], ids=json.dumps)
 def again(rows, *, every):
     """Scores, how many groups differed, and the notes, of one process that is asked again for one group of `every`."""
 
@@ -101,6 +100,7 @@ def test_a_second_scoring_that_hangs_costs_its_process_and_not_the_group():
     assert scores == [[(1.0, {"reward": 1.0})] * 2] * 2 and differed == 1
 
 
+@pytest.mark.parametrize("value", [None, "1.0", [1.0], {"format": 1.0, "answer": None}, {}], ids=json.dumps)
 @pytest.mark.fault("F47", outcome="CONTINUE")
 def test_what_is_no_number_is_an_error_and_never_zero(value):
     (found,) = run("bad_rewards:as_the_row_says", [GOOD | {"does": "return", "value": value}])
