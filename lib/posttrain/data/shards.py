@@ -143,8 +143,16 @@ def _sound(values: Any, *, full: bool = True) -> Any:
         pa.ArrowInvalid, UnicodeDecodeError: they do not, or a column's name is no text.
     """
     values.validate(full=full)
-    values.schema.to_string(show_field_metadata=False, show_schema_metadata=False)  # which decodes every name
+    _decode_names(values.schema)
     return values
+
+
+def _decode_names(fields: Any) -> None:
+    """Look at the name of every field of a schema or a nested type, which pyarrow decodes late."""
+    for field in fields:
+        assert isinstance(field.name, str)
+        nested = field.type
+        _decode_names([nested.field(n) for n in range(nested.num_fields)])
 
 
 Records = pa.Table | list[bytes]
