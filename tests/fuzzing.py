@@ -8,7 +8,8 @@ from hypothesis import settings
 QUICK = 30
 """Examples of a test; all tests of tests/fuzz together then take a few seconds of a core."""
 
-fuzzed = settings(
-    deadline=None, max_examples=max(QUICK, settings().max_examples if settings().max_examples > 100 else 0)
-)
-"""The decorator of every fuzz test; a profile that asks for more than Hypothesis's own 100 has its way."""
+ASKED = settings().max_examples
+"""Of the profile that is loaded; Hypothesis's own is 100."""
+
+fuzzed = settings(deadline=None, max_examples=max(QUICK, ASKED if ASKED > 100 else 0), derandomize=ASKED <= 100)
+"""The decorator of every fuzz test: the same examples each time; new ones where a profile asks for more than 100."""
