@@ -157,10 +157,10 @@ def _metaflow() -> Iterator[Check]:
 
 def _flows_here() -> Iterator[Check]:
     """Flows that `posttrain init` copied, beside those of the posttrain that is installed now."""
-    from steps.init import flows_folder
+    from steps.init import SHARED, flows_folder
 
     here, ours = Path.cwd() / "flows", flows_folder()
-    shared = [name for name in ("base.py", "placement.py", "spot.py") if (here / name).is_file()]
+    shared = [name for name in SHARED if (here / name).is_file()]
     if not shared or here == ours:
         return
     _, differs, missing = filecmp.cmpfiles(here, ours, shared, shallow=False)

@@ -19,7 +19,7 @@ ROWS = 2048
 """Of a file at most: what a person may still read."""
 RECIPES = ("sft", "dpo", "reward", "distill", "grpo")
 KEYS = "KEYS.md"
-SHARED = ("base.py", "placement.py", "spot.py")
+SHARED = ("base.py", "placement.py", "refusal.py", "spot.py", "tags.py")
 REWARD = '''"""The reward of this run: what a completion is worth. Named in configs/ as my_reward:reward."""
 
 

@@ -12,7 +12,7 @@ from posttrain.data.reward import RewardWorker
 from posttrain.errors import ConfigError, StorageError
 from runs import ROOT
 from steps import init as init_module
-from steps.init import RECIPES, init
+from steps.init import RECIPES, SHARED, init
 
 OF_THEIR_OWN = {"retrain"}
 """Flows whose rows come in day by day: docs/retraining.md."""
@@ -21,6 +21,15 @@ OF_THEIR_OWN = {"retrain"}
 def test_every_flow_with_rows_is_a_recipe():
     flows = {path.name.removesuffix("_flow.py") for path in (ROOT / "flows").glob("*_flow.py")}
     assert set(RECIPES) == {name for name in flows - OF_THEIR_OWN if (ROOT / "configs" / f"{name}_tiny.yaml").is_file()}
+
+
+def test_what_flows_import_of_each_other_is_copied():
+    flows, needed, seen = ROOT / "flows", {f"{recipe}_flow.py" for recipe in RECIPES}, set()
+    while new := needed - seen:
+        seen |= new
+        imported = re.findall(r"^(?:from|import) (\w+)", "".join((flows / name).read_text() for name in new), re.M)
+        needed |= {f"{name}.py" for name in imported if (flows / f"{name}.py").is_file()}
+    assert {name for name in needed if not name.endswith("_flow.py")} == set(SHARED)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
