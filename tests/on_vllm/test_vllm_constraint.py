@@ -61,22 +61,21 @@ def test_requests_that_run_through_a_sync_go_on_with_their_path(engine, folder: 
     requests = [asked(*range(11, 11 + n % 5), 5, seed=n) for n in range(300)]
     made: list[Completion] = []
     waiting, started = threading.Thread(target=lambda: made.extend(engine.generate(requests))), threading.Event()
-    step, count = engine.engine.step, iter(range(1000))
+    step, count = engine.steps.step, iter(range(1000))
 
-    def seen():
-        found = step()
+    def seen(version: int) -> None:
+        step(version)
         if next(count) == 3:
             started.set()
-        return found
 
-    engine.engine.step = seen
+    engine.steps.step = seen
     try:
         waiting.start()
         assert started.wait(60)
         engine.sync(1, dict(hf_tensors(load_decoder(folder))))
         waiting.join(120)
     finally:
-        del engine.engine.step
+        del engine.steps.step
     assert any(0 < c.versions.count(0) < 10 for c in made), "no request ran through the sync"
     model = load_decoder(folder)
     assert max(gap(model, folder, r, c) for r, c in zip(requests, made, strict=True)) < 1e-5
