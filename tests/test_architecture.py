@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "config_reward": {"config_section"},
     "config": {"config_reward", "config_parallel", "config_data", "config_method", "config_model", "config_section"},
     "config_retrain": {"config", "config_section"},
-    "config_file": {"errors", "config"},
-    "overrides": {"errors"},
+    "config_text": {"errors"},
+    "config_file": {"errors", "config", "config_text"},
+    "overrides": {"errors", "config_text"},
     "cli": {
         *("cli_registry", "cli_tables", "config", "config_file", "config_retrain", "errors", "overrides", "storage"),
         "workflow",

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from posttrain.config import Method, RunConfig
+from posttrain.config_text import file_path, yaml_value
 from posttrain.errors import ConfigError
 
 STAND_IN: dict[Any, dict[str, str]] = {
@@ -61,20 +61,15 @@ def sections(text: str) -> set[str]:
 
 def _document(text: str, *, where: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(text)
-        json.dumps(document, default=str, skipkeys=True)  # a value that holds itself, as YAML can say, has no end
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        document = yaml_value(text)
+    except ValueError as error:
         raise ConfigError(f"{where} is not YAML: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{where} must be a YAML mapping of sections, got {type(document).__name__}")
     base = document.pop("base", None)
     merged: dict[str, Any] = {}
     if base is not None:
-        try:
-            path = Path(str(base)).expanduser().resolve()
-            there = path.is_file()
-        except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, a home that is not there
-            raise ConfigError(f"{where}: base {base!r} is no path: {error}") from None
+        path, there = file_path(str(base), where=f"{where}: base")
         if path in seen:
             raise ConfigError(f"{where}: base {base} includes itself")
         if not there:

@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from posttrain.config_text import file_path, yaml_value
 from posttrain.errors import ConfigError
 
 NAME = "config"
@@ -45,7 +44,7 @@ def metaflow_arguments(arguments: list[str], *, default: Path) -> list[str]:
         raise ConfigError("a run has one config; give --config once, and change keys with --config-value key=value")
     if document is None:
         document = {"base": str(_existing(files[0]) if files else default)}
-    return ["--config-value", NAME, json.dumps(document | overrides), *rest]
+    return ["--config-value", NAME, json.dumps(document | overrides, default=str), *rest]
 
 
 def _sorted_words(arguments: list[str]) -> tuple[list[str], list[str], dict[str, Any], list[str]]:
@@ -70,8 +69,8 @@ def _sorted_words(arguments: list[str]) -> tuple[list[str], list[str], dict[str,
             if not equals:
                 raise ConfigError(f"{word} {value}: write it as key=value, for example optim.lr=1e-4")
             try:
-                overrides[key] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
+                overrides[key] = yaml_value(text)
+            except ValueError as error:
                 raise ConfigError(f"{word} {value}: not YAML: {error}") from None
     return native, files, overrides, rest
 
@@ -90,8 +89,8 @@ def _take(words: list[str], option: str) -> str:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml_value(text)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise ConfigError(f"--config-value {NAME} takes a YAML or JSON mapping, got {text!r}")
@@ -99,7 +98,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _existing(name: str) -> Path:
-    path = Path(name).expanduser().resolve()
-    if not path.is_file():
+    path, there = file_path(name, where="--config")
+    if not there:
         raise ConfigError(f"--config {name}: no such file (looked for {path})")
     return path

@@ -106,6 +106,9 @@ def test_a_file_named_twice_is_refused(default, own):
         (["--config-value", "config", "{seed: [", "--config-value", "a=1"], "--config-value config takes a YAML or"),
         (["--config-value", "config", "7", "--config-value", "a=1"], "--config-value config takes a YAML or"),
         (["run", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
+        (["run", "--config", "\0"], "--config '\\x00' is no path: "),
+        (["run", "--config", "~nobody-of-this-name/x"], "--config '~nobody-of-this-name/x' is no path: "),
+        (["run", "--config-value", "a=&a [*a]"], "--config-value a=&a [*a]: not YAML"),
     ],
 )
 def test_a_mistake_is_one_message(default, words, message):
