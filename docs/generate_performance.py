@@ -70,15 +70,15 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
 NOTES = """
 ## What helped, and what did not
 
-- **vLLM's process, not the GPU, decides how fast a small model samples.** At 0.6B and 128 requests a token took 5.5 ms,
-  of which the GPU worked 3.2 to 4; at 512 requests 22 ms and 8. Prompts of a whole batch in few steps, a frozen heap
-  for the garbage collector, and tokens and logprobs taken from the runner's arrays a step at a time
-  (`lib/posttrain/compute/generator/vllm_steps.py`) brought that to 4.8 and 12 ms. What is left is vLLM's scheduler,
-  some 19 us a request and token.
+- **vLLM's scheduler, one thread, decides how fast a small model samples.** At 0.6B, with one engine and no baseline
+  beside it, sampling takes 5 ms a token for 128 requests and 11.5 ms for 512 (`generate_s` of those rows): each further
+  request costs 17 us a token. Prompts of a whole batch in few steps, a frozen heap for the garbage collector, and
+  tokens and logprobs taken from the runner's arrays a step at a time
+  (`lib/posttrain/compute/generator/vllm_steps.py`) are what was done about it.
 - **Several engines beside each other on one GPU do not help** at 0.6B (the rows above without a baseline). The GPU
   switches between processes, and each has a start of a step of its own. `rollout.generators` stays at 1 a rank.
-- **Packs that a batch fills.** 32 rollouts of 640 tokens fill a pack of 20,480 to 99.8 %, of 16,384 to 83 %: training
-  took 0.70 s instead of 0.83 s a step.
+- **Packs that a batch fills.** 32 rollouts of 640 tokens fill a pack of 20,480 to 99.8 %; of 16,384, into which only 25
+  fit, it would be 98 %, and the last pack of a batch of 128 nearly empty.
 - **No extra forward.** A batch gets one optimizer step, so the old policy's logprobs are the policy's own; nothing is
   scored twice. Training is 18 % of a step at 0.6B.
 - **One step ahead on two GPUs** is bound by the GPU that samples: it stands still for each sync and computes the cache
