@@ -1,5 +1,8 @@
 """Models for vLLM's CPU backend: its attention wants heads of 32 and wider."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +36,23 @@ def model_folder(folder: Path, **changes) -> Path:
 
 def asked(*ids: int, seed: int = 0, temperature: float = 1.0, new: int = 12) -> Request:
     return Request(token_ids=ids, seed=seed, temperature=temperature, max_new_tokens=new)
+
+
+@contextmanager
+def told_of_step(engine, number: int = 1) -> Iterator[threading.Event]:
+    """An event that is set once a VllmGenerator has made so many more steps."""
+    reached, step, left = threading.Event(), engine.steps.step, iter(range(number - 1, -1, -1))
+
+    def seen(version: int) -> None:
+        step(version)
+        if next(left, 0) == 0:
+            reached.set()
+
+    engine.steps.step = seen
+    try:
+        yield reached
+    finally:
+        del engine.steps.step
 
 
 def our_logprobs(model, request: Request, made: Completion) -> torch.Tensor:

@@ -17,7 +17,7 @@ from posttrain.model.forward import forward
 from posttrain.model.load import load_decoder
 from posttrain.model.weights import hf_tensors
 from small_constraints import PATHS, STOP
-from vllm_models import asked, model_folder
+from vllm_models import asked, model_folder, told_of_step
 
 pytestmark = pytest.mark.skipif(not vllm_is_installed(), reason="vllm is not installed: make test-vllm")
 RULE = "small_constraints:slates"
@@ -60,22 +60,12 @@ def test_requests_that_run_through_a_sync_go_on_with_their_path(engine, folder: 
     """All are stopped, dropped from the batch, and put back with the tokens that they had."""
     requests = [asked(*range(11, 11 + n % 5), 5, seed=n) for n in range(300)]
     made: list[Completion] = []
-    waiting, started = threading.Thread(target=lambda: made.extend(engine.generate(requests))), threading.Event()
-    step, count = engine.steps.step, iter(range(1000))
-
-    def seen(version: int) -> None:
-        step(version)
-        if next(count) == 3:
-            started.set()
-
-    engine.steps.step = seen
-    try:
+    waiting = threading.Thread(target=lambda: made.extend(engine.generate(requests)))
+    with told_of_step(engine, 4) as started:
         waiting.start()
         assert started.wait(60)
         engine.sync(1, dict(hf_tensors(load_decoder(folder))))
         waiting.join(120)
-    finally:
-        del engine.steps.step
     assert any(0 < c.versions.count(0) < 10 for c in made), "no request ran through the sync"
     model = load_decoder(folder)
     assert max(gap(model, folder, r, c) for r, c in zip(requests, made, strict=True)) < 1e-5

@@ -14,7 +14,7 @@ from posttrain.compute.weight_transfer import Sender
 from posttrain.errors import ComputeError, ConfigError, DataError, SyncError
 from posttrain.model.load import load_decoder
 from posttrain.model.weights import hf_tensors
-from vllm_models import asked, model_folder, our_logprobs
+from vllm_models import asked, model_folder, our_logprobs, told_of_step
 
 pytestmark = pytest.mark.skipif(not vllm_is_installed(), reason="vllm is not installed: make test-vllm")
 STOPS = (7, 9)
@@ -147,22 +147,12 @@ def test_a_sync_between_two_tokens_keeps_requests_and_every_later_token_is_of_th
     requests = [asked(*range(11, 11 + n), seed=n, new=900) for n in (2, 5, 9, 40)]
     made: list = []
     waiting = threading.Thread(target=lambda: made.extend(synced.generate(requests)))
-    started = threading.Event()
-    step = synced.steps.step
-
-    def seen(version: int) -> None:
-        step(version)
-        started.set()
-
-    synced.steps.step = seen
-    try:
+    with told_of_step(synced) as started:
         waiting.start()
         assert started.wait(60)
         after = changed(folder)
         assert synced.sync(4, dict(hf_tensors(after))) == digest(hf_tensors(after))
         waiting.join(120)
-    finally:
-        del synced.steps.step
     before, switched = load_decoder(folder), 0
     for request, completion in zip(requests, made, strict=True):
         versions, logprobs = completion.versions, torch.tensor(completion.logprobs)

@@ -15,7 +15,7 @@ from posttrain.model.backend import backend_of
 from posttrain.model.load import load_decoder
 from posttrain.model.lora import LoRA, adapters, add_lora
 from posttrain.workflow.policy_model import sent_tensors
-from vllm_models import asked, model_folder, our_logprobs
+from vllm_models import asked, model_folder, our_logprobs, told_of_step
 
 pytestmark = pytest.mark.skipif(not vllm_is_installed(), reason="vllm is not installed: make test-vllm")
 BASE = backend_of("posttrain")
@@ -137,20 +137,11 @@ def test_adapters_come_in_buckets_between_two_tokens_and_every_later_token_is_of
     requests = [asked(*range(11, 11 + n), seed=n, new=900) for n in (2, 9, 40)]
     made: list = []
     waiting = threading.Thread(target=lambda: made.extend(engine.generate(requests)))
-    started, step = threading.Event(), engine.steps.step
-
-    def seen(version: int) -> None:
-        step(version)
-        started.set()
-
-    engine.steps.step = seen
-    try:
+    with told_of_step(engine) as started:
         waiting.start()
         assert started.wait(60)
         assert sync() > 2
         waiting.join(120)
-    finally:
-        del engine.steps.step
     switched = 0
     for request, completion in zip(requests, made, strict=True):
         logprobs, old = torch.tensor(completion.logprobs), completion.versions.count(3)
