@@ -18,14 +18,12 @@ from statistics import median
 from typing import Any
 
 import psutil
+from inputs import prepared
 from report import versions, write
 
 from posttrain.compute.generator.stub import StubGenerator
 from posttrain.config_file import load_config
 from steps.grpo import grpo
-from steps.merge_tokens import merge_tokens
-from steps.prepare import prepare
-from steps.tokenize import tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMS = StubGenerator.concurrency - 1
@@ -76,12 +74,8 @@ def train(folder: str, *, generator: str, groups: int, steps: int) -> tuple[list
         "checkpoint.every_steps": 1000,
     }
     config = load_config(json.dumps(overrides))
-    made = prepare(config, root=folder)
-    uris = {"root": folder, "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
-    tokens = merge_tokens(config, **uris, parts=[tokenize(config, **uris, part=part) for part in made["parts"]])
     memory = Memory()
-    uris = {"root": folder, "model_uri": made["model"]["uri"], "tokens_uri": tokens["uri"]}
-    result = grpo(config, **uris, observers=[memory])
+    result = grpo(config, **prepared(config, folder).plain(), observers=[memory])
     assert result is not None
     return [json.loads(line) for line in Path(result["metrics"]).read_text().splitlines()], memory.mib
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.inputs import prepared
 from benchmarks.report import row, write
 from benchmarks.shapes import SIZES
 
@@ -70,8 +71,6 @@ def run(folder: Path, model: str, options: argparse.Namespace, changes: dict[str
     """Metrics of every step of one run."""
     from posttrain.config_file import load_config
     from steps.grpo import grpo
-    from steps.merge_tokens import merge_tokens
-    from steps.prepare import prepare
 
     config = load_config(
         json.dumps(
@@ -97,11 +96,7 @@ def run(folder: Path, model: str, options: argparse.Namespace, changes: dict[str
             }
         )
     )
-    root = str(folder)
-    made = prepare(config, root=root)
-    uris = {"root": root, "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
-    tokens = merge_tokens(config, **uris, parts=[])
-    result = grpo(config, root=root, model_uri=uris["model_uri"], tokens_uri=tokens["uri"])
+    result = grpo(config, **prepared(config, folder).plain())
     assert result is not None
     return [json.loads(line) for line in Path(result["metrics"]).read_text().splitlines()]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.inputs import prepared
 from benchmarks.report import RESULTS, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,18 +64,13 @@ class Start:
     """
 
     def __init__(self, folder: Path, seed: int, common: dict[str, Any] | None = None):
-        from steps.merge_tokens import merge_tokens
-        from steps.prepare import prepare
-        from steps.tokenize import tokenize
         from steps.train import train
 
         self.folder, self.seed, self.trained, self.common = folder, seed, {}, common or {}
-        config, root = configured(seed, self.common), str(folder / "start")
-        made = prepare(config, root=root)
-        uris = {"root": root, "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
-        tokens = merge_tokens(config, **uris, parts=[tokenize(config, **uris, part=part) for part in made["parts"]])
-        self.tokens_uri = tokens["uri"]
-        warm = train(config, root=root, model_uri=uris["model_uri"], tokens_uri=self.tokens_uri)
+        config = configured(seed, self.common)
+        inputs = prepared(config, folder / "start")
+        self.tokens_uri = inputs.tokens_uri
+        warm = train(config, **inputs.plain())
         assert warm is not None
         self.model_uri = warm["model_uri"]
 

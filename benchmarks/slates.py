@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.inputs import prepared
 from benchmarks.report import RESULTS, row
 from benchmarks.rl_learning import ROOT, Start
 from posttrain.data import event_slates
@@ -98,18 +99,12 @@ def cold(folder: Path, seed: int) -> dict[str, Any]:
 
 def _trained(folder: Path, seed: int, name: str) -> str:
     from posttrain.config_file import load_config
-    from steps.merge_tokens import merge_tokens
-    from steps.prepare import prepare
-    from steps.tokenize import tokenize
     from steps.train import train
 
     names = {"data.sources": "rows", "data.held_out": "held_out", "model.fresh.tokenizer": "tokenizer"}
     own = {key: f"benchmarks.slates:{name}_{function}" for key, function in names.items()}
     config = load_config(json.dumps(SFT | own | {"seed": seed}))
-    made, root = prepare(config, root=str(folder / "run")), str(folder / "run")
-    uris = {"root": root, "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
-    tokens = merge_tokens(config, **uris, parts=[tokenize(config, **uris, part=part) for part in made["parts"]])
-    done = train(config, root=root, model_uri=uris["model_uri"], tokens_uri=tokens["uri"])
+    done = train(config, **prepared(config, folder / "run").plain())
     assert done is not None
     return done["model_uri"]
 

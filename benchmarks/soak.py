@@ -30,13 +30,11 @@ from typing import Any
 
 import psutil
 
+from benchmarks.inputs import prepared
 from benchmarks.report import RESULTS, hardware, versions
 from posttrain.config import RunConfig
 from posttrain.config_file import load_config
 from steps.audit import audit
-from steps.merge_tokens import merge_tokens
-from steps.prepare import prepare
-from steps.tokenize import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 PREEMPTED = 75
@@ -88,13 +86,13 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="posttrain-soak-"))
     soak = Soak(folder=folder, chance=random.Random(options.seed), every=options.every)
-    prepared = {name: inputs_of(name, folder / name, options.steps) for name in ("sft", "grpo")}
+    ready = {name: inputs_of(name, folder / name, options.steps) for name in ("sft", "grpo")}
     print("an SFT run that is left alone", flush=True)
-    alone = run(soak, "sft", prepared["sft"], folder / "alone", broken=False)
+    alone = run(soak, "sft", ready["sft"], folder / "alone", broken=False)
     ends = time.monotonic() + 60 * options.minutes
     while time.monotonic() < ends:
         name = ("sft", "grpo")[len(soak.runs) % 2]
-        found = run(soak, name, prepared[name], folder / f"run_{len(soak.runs):03d}", broken=True)
+        found = run(soak, name, ready[name], folder / f"run_{len(soak.runs):03d}", broken=True)
         found["equal"] = found["weights"] == alone["weights"] if name == "sft" else None
         soak.runs.append(found)
         print(json.dumps({key: found[key] for key in ("name", "starts", "faults", "equal", "minutes")}), flush=True)
@@ -108,13 +106,9 @@ def inputs_of(name: str, root: Path, share: float) -> dict[str, Any]:
     """Everything up to training, once; the inputs of the training program."""
     base = {"base": str(ROOT / "configs" / f"{name}_tiny.yaml"), "optim.num_steps": max(4, int(STEPS[name] * share))}
     config: RunConfig = load_config(json.dumps(base | SMALL | EXTRA[name]))
-    made = prepare(config, root=str(root))
+    inputs = prepared(config, root)
     (root / "config.json").write_text(config.model_dump_json())
-    uris = {"root": str(root), "data_uri": made["data"]["uri"], "model_uri": made["model"]["uri"]}
-    tokens = merge_tokens(config, **uris, parts=[tokenize(config, **uris, part=part) for part in made["parts"]])
-    more = MODULES[name][1]
-    document = {"config": config.model_dump(mode="json"), "model_uri": uris["model_uri"], "tokens_uri": tokens["uri"]}
-    return {**document, **more}
+    return {"config": config.model_dump(mode="json"), **inputs.plain(), **MODULES[name][1]}
 
 
 def run(soak: Soak, name: str, inputs: dict[str, Any], root: Path, *, broken: bool) -> dict[str, Any]:

@@ -61,16 +61,16 @@ def evaluate(
         for name, uri in models.items():
             found[name]["lm_eval"] = tasks_of_export(config, uri)
     names = {"before": next(iter(models)), "after": list(models)[-1]}
+    refused = None
     try:
         check_gate(found, config.eval.gate, **names, slice_by=config.eval.slice_by)
     except GateError as error:
+        refused = error
         found[names["after"]]["refused"] = str(error)
-        if per_row is None:
-            if show:
-                show(found)
-            raise
     if show:
         show(found)
+    if refused is not None and per_row is None:
+        raise refused
     return found
 
 

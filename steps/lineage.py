@@ -70,7 +70,7 @@ def _files(source: Source) -> list[dict[str, Any]]:
     return [
         {
             "uri": shard.file.uri,
-            "rows": sum(block.rows for block in shard.blocks),
+            "rows": shard.num_rows,
             "fingerprint": shard.fingerprint,
             "state": _of_file(shard.file),
         }

@@ -1,7 +1,6 @@
 """What a retraining run is about: the champion of a registry, and the rows that it has not been trained on."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from posttrain import storage
@@ -32,8 +31,7 @@ def look(config: RetrainConfig) -> dict[str, Any]:
     Raises:
         DataError: a source names nothing, or there are too few held-out rows to compare by.
     """
-    where = config.retrain.registry
-    where = where.rstrip("/") if storage.is_s3(where) else str(Path(where).expanduser().resolve())
+    where = storage.absolute(config.retrain.registry)
     champion = registry.champion(where)
     seen = {} if champion is None else champion.manifest["data"]
     files: dict[str, str] = {}

@@ -110,9 +110,10 @@ def download(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> Path:
     for key in _keys(bucket, f"{prefix}/"):
         if not key.endswith(suffixes):
             continue
-        if not is_inside(key[len(prefix) + 1 :]):
+        relative = key[len(prefix) + 1 :]
+        if not is_inside(relative):
             raise CheckpointError(f"s3://{bucket}/{key} would be written outside of its folder; remove that object")
-        target = local / key[len(prefix) + 1 :]
+        target = local / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         _download(bucket, key, target)
     return local

@@ -7,14 +7,19 @@ then the policy: the trainer's logprobs are renormalised over the same sets (mod
 ratio and gradient would be of another distribution than the one that was sampled.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from posttrain.errors import ConfigError, GenerationError
 from posttrain.plugin import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY = "rollout.environment, its constraint"
 
@@ -62,6 +67,19 @@ def next_tokens(constraint: Constraint, prompt: Sequence[int], completion: Seque
     if found is not None and not len(found):
         raise GenerationError(f"the constraint allows no token after the completion {list(completion)}")
     return found
+
+
+def mask_logits(logits: Tensor, constraint: Constraint, prompt: Sequence[int], completion: Sequence[int]) -> None:
+    """Leave in one row of logits [V] what the constraint allows next, all else at -inf, in place.
+
+    Raises:
+        GenerationError: it allows nothing.
+    """
+    found = next_tokens(constraint, prompt, completion)
+    if found is not None:
+        kept = logits[list(found)]
+        logits.fill_(float("-inf"))
+        logits[list(found)] = kept
 
 
 def allowed_ids(

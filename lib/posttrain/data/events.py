@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from posttrain.data.event_schema import NEXT, OTHER_ITEM, SESSION, EventSchema, Field, places
 from posttrain.data.files import list_files, machine_cache, open_file
+from posttrain.data.item_tokens import name_of
 from posttrain.data.types import Row
 from posttrain.errors import DataError
 
@@ -170,7 +171,7 @@ def _write(table: pa.Table, schema: EventSchema) -> _Events:
         "gap_minutes": gaps,
     }
     item = table["item"].to_pylist()
-    names = {number: _name(schema, number) for number in set(item)}
+    names = {number: "".join(name_of(schema.items, number) or (OTHER_ITEM,)) for number in set(item)}
     asked = np.ones(len(time), bool)
     for column, values in schema.trained.items():
         asked &= ~np.isnan(places(table[column], values))
@@ -193,13 +194,6 @@ def _write(table: pa.Table, schema: EventSchema) -> _Events:
         named=np.array([names[number] != OTHER_ITEM for number in item], bool),
         labels={name: table[name].to_pylist() for name in schema.labels},
     )
-
-
-def _name(schema: EventSchema, item: int) -> str:
-    try:
-        return "".join(schema.items.tokens(item))
-    except KeyError:
-        return OTHER_ITEM
 
 
 def _check_field(field: Field, column: pa.ChunkedArray, where: str) -> None:

@@ -21,6 +21,14 @@ class ItemTokens(Protocol):
         ...
 
 
+def name_of(items: ItemTokens, item: int) -> tuple[str, ...] | None:
+    """What an item is written as; None for one that has no name."""
+    try:
+        return items.tokens(item)
+    except KeyError:
+        return None
+
+
 class PlainItems:
     """One token an item: `<item_12>`. What was not there when the vocabulary was made has no name."""
 

@@ -10,7 +10,6 @@ a model was trained on never change.
 """
 
 import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.data.special_tokens import semantic_id_tokens
+from posttrain.data.special_tokens import semantic_id_token, semantic_id_tokens
 from posttrain.errors import CodesFullError, DataError
+from posttrain.manifest import json_sha256
 
 FILE = "semantic_ids.json"
 """Beside the model; it travels with the folder, as config and tokenizer do."""
@@ -47,7 +47,7 @@ class SemanticIds:
     def vocabulary(self) -> tuple[str, ...]:
         """Every token of any item that there is or will be, level by level."""
         levels, codes, _ = self.codebooks.shape
-        last = semantic_id_tokens(levels + 1, self.last_codes)[levels * self.last_codes :]
+        last = (semantic_id_token(levels, code) for code in range(self.last_codes))
         return (*semantic_id_tokens(levels, codes), *last)
 
     def tokens(self, item: int) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class SemanticIds:
         Raises:
             KeyError: an item that has none.
         """
-        return tuple(f"<sid_{level}_{code}>" for level, code in enumerate(self.codes[self._row[item]]))
+        return tuple(semantic_id_token(level, code) for level, code in enumerate(self.codes[self._row[item]]))
 
     def encode(self, embeddings: np.ndarray) -> np.ndarray:
         """[n, levels] int32: the codes of embeddings [n, dim], without the last."""
@@ -103,7 +103,7 @@ class SemanticIds:
         """Write FILE into a model's folder."""
         body: dict[str, Any] = {name: _written(getattr(self, name)) for name in ("codebooks", "items", "codes")}
         body["last_codes"] = self.last_codes
-        made = {"format": FORMAT, "sha256": _digest(body), **body}
+        made = {"format": FORMAT, "sha256": json_sha256(body), **body}
         Path(folder, FILE).write_text(json.dumps(made) + "\n")
 
     @classmethod
@@ -117,7 +117,7 @@ class SemanticIds:
         try:
             made = json.loads(path.read_text())
             body = {name: made[name] for name in ("codebooks", "items", "codes", "last_codes")}
-            if made["format"] != FORMAT or made["sha256"] != _digest(body):
+            if made["format"] != FORMAT or made["sha256"] != json_sha256(body):
                 raise DataError(f"{path} was changed since it was written; copy it again from the model's home")
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
@@ -219,7 +219,3 @@ def _written(array: np.ndarray) -> dict[str, object]:
 def _read(written: dict) -> np.ndarray:
     raw = np.frombuffer(base64.b64decode(written["base64"]), np.dtype(written["dtype"]))
     return raw.reshape(written["shape"]).astype(raw.dtype.newbyteorder("="))
-
-
-def _digest(body: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,9 @@ from posttrain.errors import DataError, RowError
 
 SUFFIXES = (".jsonl", ".parquet", ".arrow")
 
+_UNDECODABLE = (pa.ArrowException, UnicodeDecodeError, MemoryError)
+"""What pyarrow raises on damaged bytes; the last of lengths that the damage claims."""
+
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
@@ -63,7 +66,7 @@ def index(file: File) -> Shard:
         if file.uri.endswith(".arrow"):
             return _index_arrow(file)
         return _index_lines(file)
-    except (pa.ArrowException, EOFError, UnicodeDecodeError, MemoryError) as error:  # of lengths that damage claims
+    except (*_UNDECODABLE, EOFError) as error:
         kind = file.uri.rsplit(".", 1)[-1]
         raise DataError(
             f"{file.uri} is not a whole {kind} file: {str(error) or type(error).__name__}; write it again"
@@ -99,13 +102,8 @@ class Reader:
                 self._parquet = self._parquet or pq.ParquetFile(self._raw, page_checksum_verification=True)
                 return _sound(self._parquet.read_row_group(block, use_threads=False))
             if uri.endswith(".arrow"):
-                return _sound(pa.Table.from_batches([_sound(self._batch(block), full=False)]))
-        except (
-            pa.ArrowException,
-            OSError,
-            UnicodeDecodeError,
-            MemoryError,
-        ) as error:  # a page's checksum is an OSError
+                return pa.Table.from_batches([_sound(self._batch(block))])
+        except (*_UNDECODABLE, OSError) as error:  # a page's checksum is an OSError
             raise DataError(f"{uri}, block {block}: its bytes are damaged: {error}; write the file again") from None
         at = self.shard.blocks[block]
         self._raw.seek(at.offset)

@@ -96,9 +96,14 @@ def choose_pad(hf: Any, stop_ids: Iterable[int], folder: str | Path) -> int:
     )
 
 
+def semantic_id_token(level: int, code: int) -> str:
+    """Name of the token of one code of a hierarchical item id."""
+    return f"<sid_{level}_{code}>"
+
+
 def semantic_id_tokens(levels: int, codes: int) -> list[str]:
     """Names of the tokens of hierarchical item ids, by level: <sid_0_0>, <sid_0_1>, …"""
-    return [f"<sid_{level}_{code}>" for level in range(levels) for code in range(codes)]
+    return [semantic_id_token(level, code) for level in range(levels) for code in range(codes)]
 
 
 def _alternatives(node: dict[str, Any]) -> str:

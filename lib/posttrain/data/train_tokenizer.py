@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from posttrain.errors import DataError
 
@@ -20,7 +21,6 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
     template with generation markers.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -37,10 +37,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END_OF_TURN)
-    fast.chat_template = Path(__file__).with_name("templates").joinpath("chatml.jinja").read_text()
-    fast.save_pretrained(str(folder))
-    return len(fast)
+    return _save(tokenizer, folder, template="chatml.jinja", pad_token=PAD, eos_token=END_OF_TURN)
 
 
 def word_tokenizer(words: Iterable[str], folder: str | Path) -> int:
@@ -53,7 +50,6 @@ def word_tokenizer(words: Iterable[str], folder: str | Path) -> int:
         DataError: a word twice, or one that is not `<name>`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {PAD: 0, END_OF_ANSWER: 1, UNKNOWN: 2}
     for word in words:
@@ -67,7 +63,14 @@ def word_tokenizer(words: Iterable[str], folder: str | Path) -> int:
     )
     tokenizer.decoder = decoders.Fuse()
     special = {"pad_token": PAD, "eos_token": END_OF_ANSWER, "unk_token": UNKNOWN}
+    return _save(tokenizer, folder, template="events.jinja", **special)
+
+
+def _save(tokenizer: Any, folder: str | Path, *, template: str, **special: str) -> int:
+    """Write what AutoTokenizer opens, with a template of ours; the tokenizer's size."""
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    fast.chat_template = Path(__file__).with_name("templates").joinpath("events.jinja").read_text()
+    fast.chat_template = Path(__file__).with_name("templates").joinpath(template).read_text()
     fast.save_pretrained(str(folder))
     return len(fast)

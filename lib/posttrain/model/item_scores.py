@@ -1,15 +1,15 @@
 """What a model holds of every item at every event that is to be predicted: one softmax over items of one token each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from posttrain.data.batch import collate
-from posttrain.data.item_tokens import ItemTokens
+from posttrain.data.item_tokens import ItemTokens, name_of
 from posttrain.data.pack import plan
 from posttrain.data.sample import shift
-from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded
 from posttrain.data.types import Pack, Row
 from posttrain.errors import DataError, RowError
 from posttrain.model.decoder import Decoder
@@ -35,12 +35,10 @@ def item_scores(
         DataError: a row that cannot be tokenised, or is longer than a pack; or an item of several tokens.
     """
     columns, ids = _columns(tokenizer, items, catalogue)
-    samples = []
-    for row, each in zip(rows, tokenizer.conversations(rows, "all"), strict=True):
-        if isinstance(each, RowError):
-            raise DataError(f"the row of member {row['member']} cannot be ranked: {each}")
+    samples, at = [], []
+    for each, begins in asked_answers(tokenizer, rows):
         samples.append(shift(each.token_ids, each.loss_mask))
-    at = [_asked_positions(sample.loss_mask, row["asked"]) for sample, row in zip(samples, rows, strict=True)]
+        at.append(begins - 1)  # the token before an answer predicts its first
     ends = np.cumsum([0, *map(len, at)])
     found = np.full((ends[-1], len(catalogue)), -np.inf, np.float32)
     assert model.output_head is not None, "a model that only scores ranks no items"
@@ -57,23 +55,28 @@ def item_scores(
     return found
 
 
+def asked_answers(tokenizer: BaseHFModelTokenizer, rows: Sequence[Row]) -> Iterator[tuple[Encoded, np.ndarray]]:
+    """Each row's tokens, every answer in the loss, and the place of the first token of each of its `asked` answers.
+
+    Raises:
+        DataError: a row that cannot be tokenised.
+    """
+    for row, encoded in zip(rows, tokenizer.conversations(rows, "all"), strict=True):
+        if isinstance(encoded, RowError):
+            raise DataError(f"the row of member {row['member']} cannot be ranked: {encoded}")
+        answered = encoded.loss_mask > 0
+        begins = np.flatnonzero(answered & ~np.concatenate([[False], answered[:-1]]))
+        yield encoded, begins[list(row["asked"])]
+
+
 def _columns(tokenizer: BaseHFModelTokenizer, items: ItemTokens, catalogue: Sequence[int]) -> tuple[list[int], list]:
     """Columns of the catalogue whose item has a name, and the id of its token."""
     columns, ids = [], []
     for column, item in enumerate(catalogue):
-        try:
-            tokens = items.tokens(item)
-        except KeyError:
+        if (tokens := name_of(items, item)) is None:
             continue
         if len(tokens) != 1:
             raise DataError(f"item {item} is {len(tokens)} tokens; a softmax over tokens ranks items of one each")
         columns.append(column)
         ids.append(tokenizer.hf.convert_tokens_to_ids(tokens[0]))
     return columns, ids
-
-
-def _asked_positions(mask: np.ndarray, asked: Sequence[int]) -> np.ndarray:
-    """Where a shifted sample whose every answer carries loss predicts the first token of the answers `asked`."""
-    trained = mask > 0
-    begins = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
-    return begins[list(asked)]

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from posttrain.data.batch import collate
-from posttrain.data.item_tokens import ItemTokens
+from posttrain.data.item_tokens import ItemTokens, name_of
 from posttrain.data.pack import plan
 from posttrain.data.sample import shift
 from posttrain.data.token_trie import Path, TokenTrie, trie_of
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Pack, Row, Sample
-from posttrain.errors import DataError, RowError
 from posttrain.model.forward import forward
+from posttrain.model.item_scores import asked_answers
 
 Beam = list[tuple[float, Path]]
 """Beginnings with their log p, nats, the likeliest first."""
@@ -66,25 +66,15 @@ def path_scores(
     Raises:
         DataError: a row that cannot be tokenised, or a name of tokens that the tokenizer has not.
     """
-    named = [column for column, item in enumerate(catalogue) if _has_name(items, item)]
+    named = [column for column, item in enumerate(catalogue) if name_of(items, item)]
     trie = trie_of([items.tokens(catalogue[column]) for column in named], tokenizer.hf.get_vocab())
     prompts: list[Sequence[int]] = []
-    for row, encoded in zip(rows, tokenizer.conversations(rows, "all"), strict=True):
-        if isinstance(encoded, RowError):
-            raise DataError(f"a row of events cannot be ranked: {encoded}")
-        answers = np.flatnonzero(np.diff(encoded.loss_mask > 0, prepend=False) & (encoded.loss_mask > 0))
-        prompts += [encoded.token_ids[: answers[place]].tolist() for place in row["asked"]]
+    for encoded, begins in asked_answers(tokenizer, rows):
+        prompts += [encoded.token_ids[:begin].tolist() for begin in begins]
     found = np.full((len(prompts), len(catalogue)), -np.inf, np.float32)
     ranked, scores = rank_items(model, prompts, trie, k=beam, beam=beam, pack_tokens=pack_tokens)
     np.put_along_axis(found, np.array(named, np.int64)[ranked], scores.astype(np.float32), axis=1)
     return found
-
-
-def _has_name(items: ItemTokens, item: int) -> bool:
-    try:
-        return bool(items.tokens(item))
-    except KeyError:
-        return False
 
 
 def _next(found: Beam, after: dict[Path, Beam], beam: int) -> Beam:

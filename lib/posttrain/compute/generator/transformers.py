@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from posttrain import storage
 from posttrain.compute.generator import Completion, Request
 from posttrain.compute.weight_sync import adapter_part, digest
-from posttrain.data.constraint import Constraint, load_constraint, next_tokens
+from posttrain.data.constraint import Constraint, load_constraint, mask_logits
 from posttrain.errors import SyncError
 
 MAX_CACHE_TOKENS = 131_072
@@ -163,12 +163,8 @@ def _mask(
     """Leave of each row of logits [B, V] that goes on what the constraint allows, the others at -inf."""
     written = torch.stack(list(tokens), 1).tolist() if tokens else [[]] * len(requests)
     for row, ended in enumerate(finished.tolist()):
-        found = None if ended else next_tokens(constraint, requests[row].token_ids, written[row])
-        if found is not None:
-            index = torch.tensor(found, device=logits.device)
-            kept = logits[row, index]
-            logits[row] = -torch.inf
-            logits[row, index] = kept
+        if not ended:
+            mask_logits(logits[row], constraint, requests[row].token_ids, written[row])
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:

@@ -30,7 +30,7 @@ def _allowed() -> type:
     from vllm.v1.sample.logits_processor import LogitsProcessor  # pyright: ignore[reportMissingImports]
     from vllm.v1.sample.logits_processor.builtin import process_dict_updates  # pyright: ignore[reportMissingImports]
 
-    from posttrain.data.constraint import load_constraint, next_tokens
+    from posttrain.data.constraint import load_constraint, mask_logits
 
     class Allowed(LogitsProcessor):
         """-inf to all that the constraint does not allow."""
@@ -52,14 +52,8 @@ def _allowed() -> type:
 
         def apply(self, logits: torch.Tensor) -> torch.Tensor:
             for row, (stops, prompt, output) in self.requests.items():
-                if output and output[-1] in stops:
-                    continue  # it has ended, and leaves the batch with the next step
-                found = next_tokens(self.constraint, prompt, output)
-                if found is not None:
-                    index = torch.tensor(found, device=logits.device)
-                    kept = logits[row, index]
-                    logits[row] = -torch.inf
-                    logits[row, index] = kept
+                if not (output and output[-1] in stops):  # else it has ended, and leaves the batch with the next step
+                    mask_logits(logits[row], self.constraint, prompt, output)
             return logits
 
     return Allowed
