@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--size", default="1.7b", choices=SIZES)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--side", help="one side alone, in this process: flex, varlen or trl")
+    parser.add_argument("--side", help="one side alone, in this process: flash4, flex, varlen or trl")
     parser.add_argument("--out")
     options = parser.parse_args()
     if options.side:
@@ -210,7 +210,7 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         return
     sides: dict[str, Any] = {}
-    for side in ("varlen", "flex", "trl"):
+    for side in ("varlen", "flex", "flash4", "trl"):
         words = ["--size", options.size, "--tokens", str(options.tokens), "--steps", str(options.steps)]
         done = subprocess.run([sys.executable, "-m", "benchmarks.decoder", "--side", side, *words], capture_output=True)
         if done.returncode:
@@ -223,7 +223,7 @@ def main() -> None:
         for n in range(options.steps + 2)
     ]
     rows = []
-    for side in ("varlen", "flex"):
+    for side in ("varlen", "flex", "flash4"):
         if sides[side] is None:
             continue
         mine, theirs = sides[side], sides["trl"] or {"ms": float("nan")}

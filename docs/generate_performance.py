@@ -27,10 +27,8 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
     (
         "Reinforcement learning",
         [
-            ("grpo_step", "python -m benchmarks.grpo_step --apart --liger --pack-tokens 20480 --rollouts 128 512",
-             "A whole GRPO step on one GPU. In the rows with a baseline both sides ran at once on two GPUs of a host, "
-             "and each had the other's noise on the CPUs that sampling waits for. The rows without one "
-             "(`--no-baseline`, `--engines`) ran two at a time as well."),
+            ("grpo_step", "python -m benchmarks.grpo_step --liger --pack-tokens 20480 --rollouts 128 512",
+             "A whole GRPO step on one GPU, both sides one after the other, on 16 CPU cores of their own."),
             ("grpo_async", "python -m benchmarks.grpo_async --size 1.7b",
              "The flow's own step, through Ray: one GPU in turn, and two of which one samples ahead."),
             ("grpo_vllm", "python -m benchmarks.grpo_vllm",

@@ -8,12 +8,16 @@ from posttrain.data.batch import collate
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
 from posttrain.model.attention import Layout, attend
+from posttrain.model.attention_flash4 import has_flash4
 from posttrain.model.forward import forward, loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.losses.sft import SFTLoss
 from tiny_families import FAMILIES, random_config, random_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+FLASH4 = torch.cuda.is_available() and has_flash4(torch.device("cuda"))
+FAST = ["flex", "varlen", pytest.param("flash4", marks=pytest.mark.skipif(not FLASH4, reason="needs flash-attn-4"))]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / max(expected.norm(), 1e-3 * expected.numel() ** 0.5))
 
 
-@pytest.mark.parametrize("backend", ["flex", "varlen"])
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 37])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (6, 2, 128), (5, 1, 64)])
@@ -69,7 +73,7 @@ def test_attention_and_its_gradients_equal_float64(backend, with_sinks, window, 
         assert error(ours, theirs) < bound, name
 
 
-@pytest.mark.parametrize("backend", ["flex", "varlen"])
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_compiled_family_in_bfloat16_is_near_its_float32_self(tmp_path, family, backend):
     config = random_config(family, 3) | {"head_dim": 64, "hidden_size": 256, "num_hidden_layers": 2}
@@ -123,7 +127,7 @@ def test_the_head_equals_float64_on_the_gpu():
         assert not torch.autograd.grad(row_loss(*ours, targets, head, lambda r, lp, _: lp.sum()), ours)[1][vocab:].any()
 
 
-@pytest.mark.parametrize("backend", ["flex", "varlen"])
+@pytest.mark.parametrize("backend", FAST)
 def test_a_step_never_recompiles_and_never_waits_for_the_device(tmp_path, backend):
     from torch._dynamo.utils import counters
 

@@ -73,12 +73,10 @@ def working_bytes(config: DecoderConfig, block: Block, saving: Saving) -> float:
 
 
 def stacked_bytes(block: Block, saving: Saving) -> float:
-    """Bytes of the stacked copies of a block's q, k, v and of its gate and up weights, which the backward reads again:
-    see layers.stacked(); none on a CPU, where nothing is stacked."""
+    """Bytes of the stacked copy of a block's q, k and v weights, which the backward reads again: see layers.stacked();
+    none on a CPU, where nothing is stacked."""
     attention = block.attention
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if not isinstance(block.mlp, MoE):
-        linears += [block.mlp.gate_proj, block.mlp.up_proj]
     return saving.width * sum(each.weight.numel() for each in linears) / saving.tensor if saving.compiled else 0.0
 
 
@@ -86,7 +84,7 @@ def _mlp_bytes(config: DecoderConfig, mlp: nn.Module, saving: Saving) -> float:
     b, hidden = saving.width, config.hidden_size
     if isinstance(mlp, MLP):
         size = config.mlp_size / saving.tensor
-        kept = b * (2 * size + _adapted_again((mlp.gate_proj, mlp.up_proj)) / saving.tensor)
+        kept = b * 2 * size
         kept += b * size if _reads_input(mlp.down_proj) else 0
         return kept + (b * hidden if _reads_input(mlp.gate_proj) or _reads_input(mlp.up_proj) else 0)
     assert isinstance(mlp, MoE), "a block has an MLP or experts"

@@ -5,6 +5,7 @@ serves all layers. Backends:
 
     flex    FlexAttention with one BlockMask a window size (CUDA)
     varlen  the flash kernels of torch by document boundaries (CUDA, bfloat16 or float16)
+    flash4  those of the package flash-attn-4, by the same boundaries (Hopper and Blackwell)
     sdpa    documents as rows of scaled_dot_product_attention; CPU, and the reference of the others
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from posttrain.data.types import Batch
 from posttrain.model.attention_flash import Segments, flash_attention, segments
+from posttrain.model.attention_flash4 import has_flash4
 from posttrain.model.attention_flex import block_mask, flex
 from posttrain.model.attention_rows import rows_attention
 from posttrain.model.collectives import Group, copy_in, local
@@ -24,7 +26,7 @@ from posttrain.model.families import DecoderConfig
 from posttrain.model.layers import Linear, RMSNorm, joint
 from posttrain.model.rope import rotate
 
-BACKENDS = ("flex", "varlen", "sdpa")
+BACKENDS = ("flash4", "flex", "varlen", "sdpa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +48,14 @@ class Layout:
     queries: Tensor | None = None
     """[T / n] int64, the tokens that this rank has queries of, where ranks share a pack; keys are always of all."""
     segments: tuple[Segments, ...] = ()
-    """For `varlen`: runs of queries, and the keys that each may see."""
+    """For `varlen` and `flash4`: runs of queries, and the keys that each may see."""
 
     @staticmethod
     def of(batch: Batch, *, backend: str, windows: set[int | None]) -> "Layout":
         """Read a batch once for all layers of a model with these window sizes."""
         masks, runs = {}, ()
         queries = None if batch.share is None else batch.share.token_idx
-        if backend == "varlen":
+        if backend in ("varlen", "flash4"):
             held = ((0, len(batch.input_ids)),) if batch.share is None else batch.share.chunks
             runs = tuple(segments(batch.cu_seqlens, run) for run in held)
         if backend == "flex":
@@ -87,8 +89,9 @@ def attend(
     """
     if layout.backend == "flex":
         return flex(q, k, v, layout.masks[window], scale=scale, sinks=sinks)
-    if layout.backend == "varlen":
-        return flash_attention(q, k, v, layout.segments, layout.longest, window=window, scale=scale, sinks=sinks)
+    if layout.backend in ("varlen", "flash4"):
+        how = {"window": window, "scale": scale, "sinks": sinks, "flash4": layout.backend == "flash4"}
+        return flash_attention(q, k, v, layout.segments, layout.longest, **how)
     assert layout.backend == "sdpa", f"attention backend {layout.backend!r} is none of {BACKENDS}"
     rows = (layout.doc_id, layout.position_ids, len(layout.cu_seqlens) - 1, int(layout.longest))
     return rows_attention(q, k, v, rows, layout.queries, window=window, scale=scale, sinks=sinks)
@@ -98,9 +101,12 @@ def default_backend(device: torch.device, dtype: torch.dtype, *, compiled: bool)
     """The fastest backend that serves a model (benchmarks/decoder.py); FlexAttention is fast only when compiled."""
     if device.type != "cuda":
         return "sdpa"
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half and has_flash4(device):
+        return "flash4"
     if compiled:
         return "flex"
-    return "varlen" if dtype in (torch.bfloat16, torch.float16) else "sdpa"
+    return "varlen" if half else "sdpa"
 
 
 class Attention(nn.Module):

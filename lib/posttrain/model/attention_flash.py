@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from posttrain.model.attention_flash4 import bounds, flash4_backward, flash4_forward
+
 
 @dataclass(frozen=True, slots=True)
 class Segments:
@@ -40,7 +42,7 @@ def segments(cu_seqlens: Tensor, run: tuple[int, int]) -> Segments:
     return Segments(*bounds, queries=end - start, keys=end)
 
 
-def flash_attention(
+def flash_attention(  # noqa: PLR0913 (what the kernel takes)
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -50,19 +52,21 @@ def flash_attention(
     window: int | None,
     scale: float,
     sinks: Tensor | None,
+    flash4: bool = False,
 ) -> Tensor:
     """attend() by document boundaries, [T, H, head_dim] bfloat16 or float16 on CUDA.
 
     Args:
         runs: of the queries, in order; k and v are of the whole pack.
         longest: at least the longest document, tokens; a scalar on the CPU.
+        flash4: by the kernels of attention_flash4.py, not torch's.
     """
     left = -1 if window is None else window - 1
     sinks32 = None if sinks is None else sinks.float()
     found = []
     for run, part in zip(runs, q.split([run.queries for run in runs]), strict=True):
         keys = (k[: run.keys], v[: run.keys])
-        found.append(_flash(part, *keys, run.cu_queries, run.cu_keys, longest, sinks32, left, scale)[0])
+        found.append(_flash(part, *keys, run.cu_queries, run.cu_keys, longest, sinks32, left, scale, flash4)[0])
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -77,12 +81,18 @@ def _flash(  # noqa: PLR0913 (what the kernel takes)
     sinks: Tensor | None,
     left: int,
     scale: float,
+    flash4: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, H, head_dim], lse [H, T] float32 with the sink in it, and the kernel's random state, unused."""
     window, max_len = {"window_size_left": left, "window_size_right": 0}, int(longest)
-    out, lse, state, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_q, cu_k, max_len, max_len, 0.0, True, return_debug_mask=False, scale=scale, **window
-    )
+    if flash4:
+        documents = bounds(cu_q, cu_k, max_len)
+        out, lse = flash4_forward(q, k, v, documents, left=left, scale=scale)
+        state = torch.empty((2,), dtype=torch.uint64, device=q.device)
+    else:
+        out, lse, state, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_q, cu_k, max_len, max_len, 0.0, True, return_debug_mask=False, scale=scale, **window
+        )
     if sinks is not None:
         with_sink = torch.logaddexp(lse, sinks[:, None])
         out = (out * (lse - with_sink).exp().T[..., None]).to(out.dtype)
@@ -91,7 +101,7 @@ def _flash(  # noqa: PLR0913 (what the kernel takes)
 
 
 @_flash.register_fake
-def _(q, k, v, cu_q, cu_k, longest, sinks, left, scale):  # noqa: PLR0913
+def _(q, k, v, cu_q, cu_k, longest, sinks, left, scale, flash4):  # noqa: PLR0913
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return torch.empty_like(q), lse, torch.empty((2,), dtype=torch.uint64, device=q.device)
 
@@ -110,8 +120,12 @@ def _flash_backward(  # noqa: PLR0913 (what the kernel takes)
     state: Tensor,
     left: int,
     scale: float,
+    flash4: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     window, max_len = {"window_size_left": left, "window_size_right": 0}, int(longest)
+    if flash4:
+        documents = bounds(cu_q, cu_k, max_len)
+        return flash4_backward(grad, q, k, v, out, lse, documents, left=left, scale=scale)
     unused = q.new_empty(0)
     return torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse, cu_q, cu_k, max_len, max_len, 0.0, True, state, unused, scale=scale, **window
@@ -119,12 +133,12 @@ def _flash_backward(  # noqa: PLR0913 (what the kernel takes)
 
 
 @_flash_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_q, cu_k, longest, state, left, scale):  # noqa: PLR0913
+def _(grad, q, k, v, out, lse, cu_q, cu_k, longest, state, left, scale, flash4):  # noqa: PLR0913
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, longest, sinks, ctx.left, ctx.scale = inputs
+    q, k, v, cu_q, cu_k, longest, sinks, ctx.left, ctx.scale, ctx.flash4 = inputs
     out, lse, state = output
     ctx.save_for_backward(q, k, v, cu_q, cu_k, longest, sinks, out, lse, state)
     ctx.mark_non_differentiable(lse, state)
@@ -133,12 +147,13 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, grad, *_):
     q, k, v, cu_q, cu_k, longest, sinks, out, lse, state = ctx.saved_tensors
     grad = grad.contiguous()
-    dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, longest, state, ctx.left, ctx.scale)
+    rest = (longest, state, ctx.left, ctx.scale, ctx.flash4)
+    dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, *rest)
     dsinks = None
     if sinks is not None:
         rowsum = (grad.float() * out.float()).sum(-1)
         dsinks = -((sinks[:, None] - lse).exp().T * rowsum).sum(0)
-    return dq, dk, dv, None, None, None, dsinks, None, None
+    return dq, dk, dv, None, None, None, dsinks, None, None, None
 
 
 _flash.register_autograd(_gradients, setup_context=_save)

@@ -13,7 +13,8 @@ from posttrain.data.batch import collate
 from posttrain.data.context import chunks, with_share
 from posttrain.data.sample import shift
 from posttrain.data.types import Batch, Pack
-from posttrain.model.attention import Layout, attend
+from posttrain.model import attention
+from posttrain.model.attention import Layout, attend, default_backend
 from posttrain.model.attention_flex import BLOCK, block_mask
 
 
@@ -157,3 +158,13 @@ def test_the_block_mask_says_of_every_block_whether_none_some_or_all_is_seen(len
     some, others = (torch.randint(0, high, (200,)) for high in seen.shape)
     zero = torch.tensor(0)
     assert torch.equal(mask.mask_mod(zero, zero, some, others), seen[some, others])
+
+
+def test_the_fastest_backend_that_serves_a_model_is_taken(monkeypatch):
+    gpu, half, whole = torch.device("cuda"), torch.bfloat16, torch.float32
+    assert default_backend(torch.device("cpu"), half, compiled=True) == "sdpa"
+    without, with_it = ["flex", "flex", "varlen", "sdpa"], ["flash4", "flex", "flash4", "sdpa"]
+    for installed, expected in ((False, without), (True, with_it)):
+        monkeypatch.setattr(attention, "has_flash4", lambda device, installed=installed: installed)
+        given = [(half, True), (whole, True), (half, False), (whole, False)]
+        assert [default_backend(gpu, dtype, compiled=compiled) for dtype, compiled in given] == expected

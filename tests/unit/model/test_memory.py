@@ -164,10 +164,10 @@ def decoder(hf=QWEN3_1_7B) -> Decoder:
         return Decoder(decoder_config(hf))
 
 
-def test_the_estimate_is_what_an_h100_measured():
-    """benchmarks/results/decoder.json: 1.7 B, T 16,384, bfloat16 weights without an optimizer, peak 37.55 GiB."""
+def test_the_estimate_is_what_an_h200_measured():
+    """benchmarks/results/decoder.json: 1.7 B, T 16,384, bfloat16 weights without an optimizer, peak 36.24 GiB."""
     found = memory(decoder(), Setup(pack_tokens=16_384))
-    assert (found.tensors - found.optimizer) / GIB == pytest.approx(37.55, rel=0.02)
+    assert (found.tensors - found.optimizer) / GIB == pytest.approx(36.24, rel=0.02)
 
 
 def test_states_take_their_bytes_a_parameter():
