@@ -4,7 +4,8 @@ Random Qwen3-shaped weights in bfloat16, prompts of random tokens, every complet
 no Ray: a policy rank in this process, vLLM engines in others on the same GPU, buckets by CUDA IPC between them (on a
 CPU, where one engine tries the script, by broadcast). TRL's side is its own GRPOTrainer in a process of its own, on as
 many rollouts of the same lengths, bfloat16, beta 0, with the kernels that it chooses by itself unless --attention names
-others. The phases of our step add up to it. With --apart both sides run at once, each on a GPU of its own of one host.
+others. The phases of our step add up to it. With --apart both sides run at once, each with a GPU and half of the cores
+of one host.
 
     VLLM_USE_FLASHINFER_SAMPLER=0 python -m benchmarks.grpo_step [--size 0.6b] [--rollouts 128 512] [--apart]
 """
@@ -181,7 +182,12 @@ def measured(side: str, rollouts: list[int], gpu: str | None, timeout_s: float) 
     """One side in a process of its own, by the arguments of this one."""
     command = [sys.executable, "-m", "benchmarks.grpo_step", *sys.argv[1:], "--side", side]
     command += ["--rollouts", *map(str, rollouts)]  # the last one counts
-    env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    env = dict(os.environ)
+    if gpu is not None:
+        cores = sorted(os.sched_getaffinity(0))
+        half = cores[: len(cores) // 2] if gpu == "0" else cores[len(cores) // 2 :]
+        command = ["taskset", "-c", ",".join(map(str, half)), *command]
+        env["CUDA_VISIBLE_DEVICES"] = gpu
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=True, env=env)
     return {int(n): steps for n, steps in json.loads(ran.stdout.strip().splitlines()[-1]).items()}
 
@@ -237,7 +243,7 @@ def main() -> None:
         what = f"Qwen3 {options.size}, {rollouts} rollouts of {options.prompt} + {options.new} tokens, group "
         what += f"{options.group}, packs of {options.pack_tokens}, {options.engines} engines"
         if not options.no_baseline:
-            where = "at once on the host's second GPU" if options.apart else "in turn"
+            where = "at once, with the host's second GPU and half of its cores" if options.apart else "in turn"
             what += f"; baseline: TRL GRPO + vLLM colocated, {where}"
         found = row(
             "grpo_step", what, ours=typical["ours"], baseline=typical.get("trl", typical["ours"]), unit="s a step",
