@@ -154,7 +154,9 @@ def register_flash() -> str:
             starts = torch.nonzero(position_ids[0] == 0).flatten().int()
             cu = torch.cat((starts, torch.tensor([position_ids.shape[1]], dtype=torch.int32, device=starts.device)))
             last.update(ids=position_ids, cu=cu, longest=int(cu.diff().max()))
-        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        # Under autocast norms and rotary positions give float32; transformers' own flash attention casts it as well.
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        q, k, v = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
         cu, longest = last["cu"], last["longest"]
         where = {"scale": scaling, "window_size": (-1, 0), **grouped}
         return varlen_attn(q, k, v, cu, cu, longest, longest, **where)[None], None

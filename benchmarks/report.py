@@ -30,8 +30,11 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
-def row(benchmark: str, workload: str, *, ours: float, baseline: float, unit: str, **more: Any) -> dict[str, Any]:
-    """One result: `ratio` above 1 means that ours is better, whichever way the unit points."""
+def row(
+    benchmark: str, workload: str, *, ours: float | None, baseline: float | None, unit: str, **more: Any
+) -> dict[str, Any]:
+    """One result: `ratio` above 1 means that ours is better, whichever way the unit points; None is a side without
+    a number."""
     better_low = unit.split()[0] in ("ms", "s", "GiB", "MiB")
     better, worse = (baseline, ours) if better_low else (ours, baseline)
     packages = versions("torch", "transformers", "trl", "liger-kernel", "triton", "safetensors")
@@ -40,19 +43,26 @@ def row(benchmark: str, workload: str, *, ours: float, baseline: float, unit: st
         "workload": workload,
         "hardware": hardware(),
         "versions": packages,
-        "ours": round(ours, 4),
-        "baseline": round(baseline, 4),
-        "ratio": round(better / worse, 3) if worse else None,
+        "ours": None if ours is None else round(ours, 4),
+        "baseline": None if baseline is None else round(baseline, 4),
+        "ratio": round(better / worse, 3) if worse and better is not None else None,
         "unit": unit,
         **more,
     }
 
 
-def write(name: str, rows: list[dict[str, Any]], out: str | None) -> None:
-    """Print a JSON line a row and write them all to `out`, or to benchmarks/results/<name>.json."""
+def write(name: str, rows: list[dict[str, Any]], out: str | None, *, keep: bool = False) -> None:
+    """Print a JSON line a row and write them all to `out`, or to benchmarks/results/<name>.json.
+
+    Args:
+        keep: rows of other workloads that are in the file stay there, before these.
+    """
     for each in rows:
         print(json.dumps(each), flush=True)
     path = Path(out) if out else RESULTS / f"{name}.json"
+    if keep and path.exists():
+        new = {each["workload"] for each in rows}
+        rows = [each for each in json.loads(path.read_text()) if each["workload"] not in new] + rows
     path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
