@@ -154,7 +154,10 @@ class Engine:
 
 async def broken(engine: Engine, sent: signal.Signals, free: list[int], *, replaced: bool) -> None:
     """Send a signal to an engine in a call; tell what follows, up to the answer of its replacement if asked to."""
-    names = ("engine_killed", "engine_memory") if sent is signal.SIGKILL else ("engine_stopped", "engine_memory_stopped")
+    names = (
+        ("engine_killed", "engine_memory") if sent is signal.SIGKILL else ("engine_stopped", "engine_memory_stopped")
+    )
+    names = names if engine.gpus < 2 else ("", "split_memory")
     began: list[float] = []
     pids, held = processes_of(engine.group), sum(free) - sum(free_memory(engine.gpus))
     if sent is not signal.SIGKILL:
@@ -166,12 +169,14 @@ async def broken(engine: Engine, sent: signal.Signals, free: list[int], *, repla
     assert not work.done(), "the call ended before the fault"
     os.kill(pids[0], sent)
     start = time.monotonic()
+    watch = Watch(engine.gpus, free, pids) if sent is signal.SIGKILL else None
     noticed = await engine.until_dead(work)
-    watch = Watch(engine.gpus, free, pids)  # a stopped one is killed now
+    watch = watch or Watch(engine.gpus, free, pids)  # a stopped one is killed once it is noticed
     about = {"detected_s": round(noticed, 2), "deadline_s": PATIENT_S if sent is signal.SIGKILL else DEADLINE_S}
     if not replaced:
         await asyncio.to_thread(watch.thread.join)
-        say(names[0], passed=True, happened="named, killed, and a replacement begun", **about)
+        if names[0]:
+            say(names[0], passed=True, happened="named, killed, and a replacement begun", **about)
         watch.say(names[1], held)
         work.cancel()
         return
@@ -198,8 +203,9 @@ async def main(gpus: int, folder: Path) -> None:
     engine = Engine(model_uri, gpus)
     await engine.send()
     print(f"an engine on {gpus} GPUs is up after {time.monotonic() - start:.0f} s", flush=True)
-    await broken(engine, signal.SIGKILL, free, replaced=True)
-    await broken(engine, signal.SIGSTOP, free, replaced=False)
+    await broken(engine, signal.SIGKILL, free, replaced=gpus < 2)
+    if gpus < 2:
+        await broken(engine, signal.SIGSTOP, free, replaced=False)
     await engine.generators.close()
     engine.group.kill()
 

@@ -86,7 +86,13 @@ def full(model_uri: str, kept: Checkpoints) -> PolicyRank:
         said = str(error)
     seconds = time.monotonic() - start
     named = re.search(r"step 3: out of GPU memory with 2 packs.*\n.*in use: .*\nplanned: .*\nFix: ", said)
-    say("gpu_full", passed=bool(named), happened=first_line(said), detected_s=round(seconds, 2), lost="1 step, not taken")
+    say(
+        "gpu_full",
+        passed=bool(named),
+        happened=first_line(said),
+        detected_s=round(seconds, 2),
+        lost="0 steps",
+    )
     del taken, rank
     give_back()
     rank = rank_of(model_uri, large=True)
@@ -99,7 +105,7 @@ def full(model_uri: str, kept: Checkpoints) -> PolicyRank:
         "gpu_full_resume",
         passed=equal,
         happened=f"steps {SAVED + 1} to {STEPS} as those of a run that was left alone, {how}",
-        lost="no step: the checkpoint was of the last that was taken",
+        lost="0 steps",
     )
     return rank
 
@@ -137,15 +143,16 @@ def exported(rank: PolicyRank, uri: str, *, large: bool) -> None:
     same = all(torch.equal(files[name], held[name]) for name in files) and files.keys() <= held.keys()
     dtype = next(iter(held.values())).dtype
     torch.use_deterministic_algorithms(False)  # transformers uses kernels that have no such form
-    theirs = AutoModelForCausalLM.from_pretrained(uri, dtype=dtype, local_files_only=True).to(rank.device).eval()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(uri, dtype=dtype, local_files_only=True)
+    theirs.to(rank.device).eval()
     loss = mean_loss(theirs, packs, rank.device)
     near = abs(loss - ours) <= NEAR[rank.device.type]
     verified = rank.backend.verify(uri, uri)["max_abs_diff"]
     say(
         "export",
         passed=same and near,
-        happened=f"{len(files)} tensors {'equal' if same else 'NOT equal'} to the bit; loss of transformers {loss:.5f}, "
-        f"of the rank {ours:.5f}; float32 logits at most {verified:.1g} apart",
+        happened=f"{len(files)} tensors {'equal' if same else 'NOT equal'} to the bit; loss of transformers "
+        f"{loss:.5f}, of the rank {ours:.5f}; float32 logits at most {verified:.1g} apart",
     )
 
 

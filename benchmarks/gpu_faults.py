@@ -1,12 +1,13 @@
 """Faults that need a GPU, with the real parts: what is noticed, after how long, and what it costs.
 
-    VLLM_USE_FLASHINFER_SAMPLER=0 python -m benchmarks.gpu_faults [--only ranks memory engine] [--cpu] [--out FILE]
+    python -m benchmarks.gpu_faults [--only ranks memory engine split] [--cpu] [--out FILE]
 
-Three programs, one after another, each in processes of its own with a deadline; together under four minutes:
+Four programs, each in processes of its own with a deadline; about four minutes together:
 
-    ranks    two policy ranks over NCCL (two GPUs): one is stopped in a step, then one is killed in a step
+    ranks    two policy ranks over NCCL: one is stopped in a step, then one is killed in a step (two GPUs)
     memory   one policy rank: its GPU is full in a step; what it exports is what it trained
-    engine   a vLLM engine on one GPU, or split over two: killed while it samples, then stopped while it samples
+    engine   a vLLM engine: killed while it samples, then stopped while it samples
+    split    a vLLM engine over two GPUs, with processes of its own: killed while it samples (two GPUs)
 
 What cannot run says why. benchmarks/results/gpu_faults.json keeps the newest result of every case, and
 benchmarks/reliability.py puts them into docs/reliability.md. `--cpu` tries the script where there is no GPU, with gloo
@@ -23,8 +24,10 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +55,13 @@ class Case:
 
 CASES = {
     "rank_stopped": Case(
-        program="ranks", row="F5", outcome="STOP", what="a policy rank is stopped while its peer is in a NCCL collective"
+        program="ranks",
+        row="F5",
+        outcome="STOP",
+        what="a policy rank is stopped in a step, its peer in NCCL",
     ),
     "rank_killed": Case(
-        program="ranks", row="F1", outcome="STOP", what="a policy rank is killed while its peer is in a NCCL collective"
+        program="ranks", row="F1", outcome="STOP", what="a policy rank is killed in a step, its peer in NCCL"
     ),
     "ranks_resume": Case(
         program="ranks", row="F1", outcome="RESUME", what="two NCCL ranks go on from their checkpoint, to the same bits"
@@ -67,7 +73,10 @@ CASES = {
         program="memory", row="F10", outcome="STOP", what="a GPU whose memory is taken by another", gpu_only=True
     ),
     "gpu_full_resume": Case(
-        program="memory", row="F10", outcome="RESUME", gpu_only=True,
+        program="memory",
+        row="F10",
+        outcome="RESUME",
+        gpu_only=True,
         what="a run whose GPU was full goes on from its checkpoint",
     ),
     "export": Case(
@@ -80,15 +89,25 @@ CASES = {
         program="engine", row="F7", outcome="CONTINUE", what="a vLLM engine is stopped while it samples"
     ),
     "engine_memory": Case(
-        program="engine", row="F8", outcome="CONTINUE", what="processes and GPU memory of a killed vLLM engine"
+        program="engine", row="F8", outcome="CONTINUE", what="process and GPU memory of a killed vLLM engine"
     ),
     "engine_memory_stopped": Case(
-        program="engine", row="F8", outcome="CONTINUE", what="processes and GPU memory of a stopped vLLM engine"
+        program="engine", row="F8", outcome="CONTINUE", what="process and GPU memory of a stopped vLLM engine"
+    ),
+    "split_memory": Case(
+        program="split", row="F8", outcome="CONTINUE", what="processes and memory of a killed vLLM engine on two GPUs"
     ),
 }
-PROGRAMS = {"ranks": 150.0, "memory": 120.0, "engine": 240.0}
+PROGRAMS = {"ranks": 180.0, "memory": 120.0, "engine": 260.0, "split": 150.0}
 """Deadlines, seconds."""
-MODULES = {"ranks": "gpu_fault_ranks", "memory": "gpu_fault_memory", "engine": "gpu_fault_engine"}
+MODULES = {
+    "ranks": "gpu_fault_ranks",
+    "memory": "gpu_fault_memory",
+    "engine": "gpu_fault_engine",
+    "split": "gpu_fault_engine",
+}
+STAGES = (("ranks",), ("engine", "memory"), ("split",))
+"""Programs of one stage run at once where there are two GPUs, on one each."""
 MARK = "POSTTRAIN_GPU_FAULTS"
 """Environment variable that all processes of one program inherit, with a value of its own."""
 SHAPES = {
@@ -103,17 +122,19 @@ def main() -> int:
     """Run the programs and keep what they found; 1 if a case went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--engine-gpus", type=int, default=0, help="1 or 2; as many as there are by default")
     parser.add_argument("--cpu", action="store_true", help="try the script without a GPU")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     out = options.out or (None if options.cpu else RESULT)
     gpus, machine = (0, f"{platform.machine()} CPU") if options.cpu else gpus_here()
     rows = []
-    for program in options.only:
-        found = found_by(program, gpus=gpus, engine_gpus=options.engine_gpus, cpu=options.cpu)
-        rows += [row_of(name, more, machine) for name, more in found.items()]
-        for row in rows[-len(found) :]:
+    for stage in STAGES:
+        programs = [program for program in stage if program in options.only]
+        with ThreadPoolExecutor(len(STAGES) if gpus > 1 else 1) as pool:
+            places = range(len(programs)) if gpus > 1 else [0] * len(programs)
+            for found in pool.map(partial(found_by, gpus=gpus, cpu=options.cpu), programs, places):
+                rows += [row_of(name, more, machine) for name, more in found.items()]
+        for row in rows[-sum(case.program in programs for case in CASES.values()) :] if programs else ():
             print(json.dumps(row), flush=True)
         if out:
             keep(out, rows)
@@ -128,39 +149,55 @@ def gpus_here() -> tuple[int, str]:
     return int(count), name
 
 
-def found_by(program: str, *, gpus: int, engine_gpus: int, cpu: bool) -> dict[str, dict[str, Any]]:
-    """What became of each case of a program."""
+def found_by(program: str, place: int, *, gpus: int, cpu: bool) -> dict[str, dict[str, Any]]:
+    """What became of each case of a program.
+
+    Args:
+        place: the GPU that a program of one GPU gets.
+    """
     names = [name for name, case in CASES.items() if case.program == program]
     if why := cannot_run(program, gpus=gpus, cpu=cpu):
         return {name: {"not_run": why} for name in names}
-    taken = min(engine_gpus or gpus, 2) if program == "engine" else min(gpus, 2)
-    lines, ended, seconds, left = run(program, taken, timeout_s=PROGRAMS[program])
+    taken = 0 if cpu else needed(program)
+    here = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    devices = here.split(",")[: taken if taken > 1 else None][place if taken == 1 else 0 :]
+    results, ended, seconds, left = run(program, devices[:taken], timeout_s=PROGRAMS[program])
     none = {"passed": False, "happened": f"no result: {ended}"}
     about = {"gpus": taken, "program_s": round(seconds, 1), "processes_left": left}
     if cpu:
-        lines |= {name: {"not_run": "needs a GPU"} for name in names if CASES[name].gpu_only}
-    return {name: {**lines.get(name, none), **about} for name in names}
+        results |= {name: {"not_run": "needs a GPU"} for name in names if CASES[name].gpu_only}
+    return {name: {**results.get(name, none), **about} for name in names}
+
+
+def needed(program: str) -> int:
+    """GPUs that a program takes."""
+    return 2 if program in ("ranks", "split") else 1
 
 
 def cannot_run(program: str, *, gpus: int, cpu: bool) -> str:
     """Why a program cannot run here; empty if it can."""
     if cpu:
-        return ""
-    needed = 2 if program == "ranks" else 1
-    if gpus < needed:
-        return f"needs {'two GPUs' if needed == 2 else 'a GPU'}, and {gpus} {'is' if gpus == 1 else 'are'} here"
-    if program == "engine" and "vllm" not in versions("vllm"):
+        return "needs two GPUs" if program == "split" else ""
+    if gpus < needed(program):
+        return f"needs {'two GPUs' if needed(program) == 2 else 'a GPU'}; here {'is one' if gpus else 'is none'}"
+    if program in ("engine", "split") and "vllm" not in versions("vllm"):
         return "needs vLLM, which is not installed"
     return ""
 
 
-def run(program: str, gpus: int, *, timeout_s: float) -> tuple[dict[str, dict[str, Any]], str, float, int]:
-    """What a program said of its cases, how it ended, its seconds, and how many of its processes lived LEFT_S longer."""
+def run(program: str, devices: Sequence[str], *, timeout_s: float) -> tuple[dict[str, dict[str, Any]], str, float, int]:
+    """What a program said of its cases, how it ended, its seconds, and how many of its processes lived LEFT_S longer.
+
+    Args:
+        devices: the GPUs that it sees.
+    """
     from posttrain.compute.reaper import marked
 
     mark, start = uuid.uuid4().hex, time.monotonic()
-    environment = os.environ | {MARK: mark, "VLLM_NO_USAGE_STATS": "1"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
-    command = [sys.executable, "-m", f"benchmarks.{MODULES[program]}", str(gpus)]
+    # FlashInfer's sampler is compiled at its first use, for which a machine without CUDA's compiler has nothing.
+    asked = {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1"}
+    environment = asked | os.environ | {MARK: mark, "CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    command = [sys.executable, "-m", f"benchmarks.{MODULES[program]}", str(len(devices))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:
         said, _ = process.communicate(timeout=timeout_s)
