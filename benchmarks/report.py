@@ -32,7 +32,7 @@ def versions(*names: str) -> dict[str, str]:
 
 def row(benchmark: str, workload: str, *, ours: float, baseline: float, unit: str, **more: Any) -> dict[str, Any]:
     """One result: `ratio` above 1 means that ours is better, whichever way the unit points."""
-    better_low = unit.split()[0] in ("ms", "s", "GiB", "MiB")
+    better_low = unit.split()[0] in ("ms", "s", "GiB", "MiB", "nats")
     better, worse = (baseline, ours) if better_low else (ours, baseline)
     packages = versions("torch", "transformers", "trl", "liger-kernel", "triton", "safetensors")
     return {

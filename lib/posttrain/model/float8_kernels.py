@@ -7,7 +7,9 @@ if find_spec("triton") is not None:  # a CPU build of torch does not bring it
     import triton.language as tl  # pyright: ignore[reportMissingImports]
 
     @triton.jit
-    def cast_tile(x, scale, rows, columns, m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # noqa: N803, PLR0913
+    def cast_tile(
+        x, scale, rows, columns, m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+    ):  # noqa: N803, PLR0913
         """x [m, n] times a scale -> rows [m, n] and columns [n, m]; one program a tile of M x N."""
         i = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
         j = (tl.program_id(1) * N + tl.arange(0, N)).to(tl.int64)[None, :]
