@@ -1,11 +1,11 @@
 """Training in float8 beside bfloat16: tokens per second of whole steps, and the loss curves of both on the same data.
 
 One engine as in a run, Qwen3's shapes with random weights, float32 masters and AdamW, one pack of T tokens a step full
-of documents of lognormal lengths (benchmarks/decoder.py), every token in the loss. The documents are walks of one random
-Markov chain over 256 tokens with 4 successors each, so that there is something to learn: the loss falls from above
-ln V to the chain's entropy, which is in the row. Both sides see the same documents and start from the same weights, and
-each runs in a process of its own. A recipe is a name of model/float8.RECIPES; "+fast" also sums the backward's products
-in the short accumulators, "+compiler" leaves the casts of `tensorwise` to the compiler.
+of documents of lognormal lengths (benchmarks/decoder.py), every token in the loss. The documents are walks of one
+random Markov chain over 256 tokens with 4 successors each, so that there is something to learn: the loss falls from
+above ln V towards the chain's entropy, which is in the row. Both sides see the same documents and start from the same
+weights, and each runs in a process of its own. A recipe is a name of model/float8.RECIPES; "+fast" also sums the
+backward's products in the short accumulators, "+compiler" leaves the casts of `tensorwise` to the compiler.
 
     python -m benchmarks.float8 [--sizes 1.7b 4b] [--recipes rowwise] [--tokens 16384] [--steps 60] [--out FILE]
     python -m benchmarks.float8 --matmuls [--sizes 1.7b]

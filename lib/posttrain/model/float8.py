@@ -8,10 +8,11 @@ both operands contiguous along the dimension that it sums over.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posttrain.errors import ModelError
-from posttrain.model.collectives import local
+from posttrain.model.decoder import Decoder
+from posttrain.model.families import DecoderConfig
 from posttrain.model.lora import linears
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -21,40 +22,60 @@ CAPABILITY = (8, 9)
 """Of the first GPUs whose matmuls take float8."""
 
 
-def unsupported(device: torch.device) -> str | None:
-    """Why a device cannot multiply in float8; None where it can."""
+def states_of(precision: str) -> str:
+    """The precision of weights, gradients and optimizer under a value of optim.precision: float8 is not theirs."""
+    return precision.replace("float8", "bfloat16")
+
+
+def precision_on(device: torch.device, precision: str) -> tuple[str, bool]:
+    """What a value of optim.precision is on a device: that of states_of(), and whether blocks multiply in float8.
+
+    Raises:
+        ModelError: they should, and the device cannot.
+    """
+    if precision == "auto":
+        return ("bfloat16" if device.type == "cuda" else "float32"), False
+    if not precision.startswith("float8"):
+        return precision, False
+    wanted = "optim.precision: float8 needs a GPU of compute capability 8.9 or higher"
     if device.type != "cuda":
-        return "optim.precision: float8 needs a GPU of compute capability 8.9 or higher, and there is none here"
+        raise ModelError(f"{wanted}, and this rank has none; set optim.precision: auto")
     found = torch.cuda.get_device_capability(device)
-    if found >= CAPABILITY:
-        return None
-    name = torch.cuda.get_device_name(device)
-    return f"optim.precision: float8 needs a GPU of compute capability 8.9 or higher; {name} has {found[0]}.{found[1]}"
+    if found < CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ModelError(f"{wanted}; {name} has {found[0]}.{found[1]}; set optim.precision: bfloat16")
+    return states_of(precision), True
 
 
-def use_float8(model: nn.Module, *, recipe: str = "rowwise") -> int:
+def unfit(config: DecoderConfig, *, tensor: int = 1) -> list[str]:
+    """Why a decoder's blocks, split over so many ranks, cannot multiply in float8: a line a reason."""
+    sides = {"hidden size": config.hidden_size}
+    sides["query heads"] = config.num_heads * config.head_dim // tensor
+    sides["key and value heads"] = config.num_kv_heads * config.head_dim // tensor
+    if config.experts is None or not all(config.experts.layers):
+        sides["MLP"] = config.mlp_size // tensor
+    return [
+        f"optim.precision: float8 multiplies matrices whose sides are multiples of {MULTIPLE}, and the model's {what} "
+        f"are {side} wide on a rank; set optim.precision: bfloat16"
+        for what, side in sides.items()
+        if side % MULTIPLE
+    ]
+
+
+def use_float8(model: Decoder, *, tensor: int = 1, recipe: str = "rowwise") -> None:
     """Let every Linear of a decoder's blocks multiply in float8: not a head, a router, experts or an adapter's term.
 
     Args:
+        tensor: ranks that share each matrix.
         recipe: a name of RECIPES.
 
-    Returns:
-        How many do.
-
     Raises:
-        ModelError: a side of a weight, or of a rank's part of it, is no multiple of 16.
+        ModelError: its matrices do not fit, see unfit().
     """
-    found = list(linears(model))
-    for name, linear in found:
-        sides = tuple(local(linear.weight).shape)
-        if any(side % MULTIPLE for side in sides):
-            raise ModelError(
-                f"optim.precision: float8 multiplies matrices whose sides are multiples of {MULTIPLE}, and {name} is "
-                f"{sides[0]} x {sides[1]} on a rank; set optim.precision: bfloat16"
-            )
-    for _, linear in found:
+    if problems := unfit(model.config, tensor=tensor):
+        raise ModelError("\n".join(problems))
+    for _, linear in linears(model):
         linear.matmul = RECIPES[recipe]
-    return len(found)
 
 
 def rowwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -150,14 +171,13 @@ KERNEL = True
 
 @torch.library.custom_op("posttrain::cast_float8", mutates_args=())
 def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
-    from posttrain.model.float8_kernels import cast_tile
+    from posttrain.model.float8_kernels import TILE_COLUMNS, TILE_ROWS, cast_tile
 
     x = x.contiguous()
     m, n = x.shape
     outputs = _outputs(x, dtype, rows, columns)
-    tile = {"M": 128, "N": 64}
-    grid = (-(-m // tile["M"]), -(-n // tile["N"]))
-    cast_tile[grid](x, scale, *outputs, m, n, ROWS=rows, COLUMNS=columns, **tile)
+    grid = (-(-m // TILE_ROWS.value), -(-n // TILE_COLUMNS.value))
+    cast_tile[grid](x, scale, *outputs, m, n, rows, columns)
     return outputs
 
 
