@@ -35,7 +35,7 @@ def row(
 ) -> dict[str, Any]:
     """One result: `ratio` above 1 means that ours is better, whichever way the unit points; None is a side without
     a number."""
-    better_low = unit.split()[0] in ("ms", "s", "GiB", "MiB")
+    better_low = unit.split()[0] in ("ms", "s", "GiB", "MiB", "nats")
     better, worse = (baseline, ours) if better_low else (ours, baseline)
     packages = versions("torch", "transformers", "trl", "liger-kernel", "triton", "safetensors")
     return {

@@ -16,6 +16,7 @@ from posttrain.errors import ConfigError
 from posttrain.model.build import fresh_config
 from posttrain.model.decoder import Decoder
 from posttrain.model.families import decoder_config
+from posttrain.model.float8 import states_of
 from posttrain.model.flops import flop_counts
 from posttrain.model.gpus import Gpu, gpu_of
 from posttrain.model.load import read_config
@@ -223,7 +224,7 @@ def _setup(config: RunConfig, stages: list[Stage], gpus: int | None) -> Setup:
         pack_tokens=config.data.pack_tokens,
         loss_rows=math.ceil(share * config.data.pack_tokens),
         micro_batches=max(-(-stage.packs // ranks) for stage in stages),
-        precision="bfloat16" if config.optim.precision == "auto" else config.optim.precision,
+        precision="bfloat16" if config.optim.precision == "auto" else states_of(config.optim.precision),
         activation_checkpointing=config.optim.activation_checkpointing,
         data=ranks,
         tensor=parallel.tensor,

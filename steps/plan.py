@@ -191,10 +191,13 @@ def _check_gate(config: RunConfig) -> list[str]:
 
 
 def _check_split(config: RunConfig) -> list[str]:
-    """Whether the ranks can share the model's matrices; of a hub id that is not fetched yet, each rank will tell."""
+    """Whether the ranks can share the model's matrices, and multiply in float8 where they should; of a hub id that is
+    not fetched yet, each rank will tell."""
     tensor, expert, fresh = config.parallel.tensor, config.parallel.expert, config.model.fresh
-    if tensor == expert == 1:
+    in_float8 = config.optim.precision.startswith("float8")
+    if tensor == expert == 1 and not in_float8:
         return []
+    from posttrain.model import float8
     from posttrain.model.build import fresh_config
     from posttrain.model.families import decoder_config
     from posttrain.model.load import read_config
@@ -206,7 +209,9 @@ def _check_split(config: RunConfig) -> list[str]:
         shape = read_config(str(Path(config.model.path).expanduser()))
     else:
         return []
-    return unfit(decoder_config(shape), tensor=tensor, expert=expert)
+    decoder = decoder_config(shape)
+    problems = unfit(decoder, tensor=tensor, expert=expert)
+    return problems + float8.unfit(decoder, tensor=tensor) if in_float8 and not problems else problems
 
 
 def _check_devices(config: RunConfig) -> list[str]:

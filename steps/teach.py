@@ -108,7 +108,8 @@ def _teacher(config: RunConfig, model_uri: str, teacher_uri: str | None) -> Teac
     if top_k > vocab_size:
         raise DataError(f"method.top_k = {top_k} is more than the student's {vocab_size} tokens; set it lower")
     device = set_up_device(deterministic=config.optim.deterministic)
-    narrow = config.optim.precision.startswith("bfloat16") or (config.optim.precision, device.type) == ("auto", "cuda")
+    precision = config.optim.precision
+    narrow = precision.startswith(("bfloat16", "float8")) or (precision, device.type) == ("auto", "cuda")
     model = backend.load(
         storage.fetch(teacher_uri), device=device, dtype=torch.bfloat16 if narrow else torch.float32
     ).requires_grad_(False)

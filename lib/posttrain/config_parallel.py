@@ -100,6 +100,20 @@ class Parallel(Section):
             )
         return [*problems, *self._of_decorators()]
 
+    def unfit_for_float8(self, *, backend: str, pack_tokens: int) -> list[str]:
+        """What cannot multiply in float8, as far as a config tells; the model's own sides are checked in the plan."""
+        problems, multiple = [], 16 * self.context
+        if not self.gpus:
+            problems.append("optim.precision: float8 needs GPUs, and the run has none; set parallel.gpus_per_node")
+        if backend != "posttrain":
+            problems.append("optim.precision: float8 needs posttrain's own decoder; set model.backend: posttrain")
+        if pack_tokens % multiple:
+            problems.append(
+                f"data.pack_tokens = {pack_tokens}: float8 multiplies matrices whose sides are multiples of 16 on "
+                f"every rank; choose {pack_tokens + -pack_tokens % multiple}, or optim.precision: bfloat16"
+            )
+        return problems
+
     def _of_decorators(self) -> list[str]:
         """What Metaflow would take, and a run could not live with."""
         problems = []

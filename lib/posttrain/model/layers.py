@@ -17,6 +17,8 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.matmul: Callable[..., Tensor] = F.linear
+        """(x, W, b) -> x W^T (+ b), in the dtype of its operands or in float8 (model/float8.py)."""
         self.adapter: nn.Module | None = None
         """Called as adapter(x, x W^T, W); returns what stands in for x W^T, before the bias."""
         self.sum_over: Group | None = None
@@ -25,8 +27,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = local(self.weight)
         if self.adapter is None and self.sum_over is None:
-            return F.linear(x, weight, None if self.bias is None else local(self.bias))
-        return self.adapt(x, F.linear(x, weight))
+            return self.matmul(x, weight, None if self.bias is None else local(self.bias))
+        return self.adapt(x, self.matmul(x, weight))
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """x W^T becomes the output: the adapter's term where there is one, the other ranks' parts, then the bias."""
@@ -59,7 +61,7 @@ def stacked(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     adapted = any(each.adapter is not None for each in linears)
     bias = torch.cat(biases) if biases and not adapted else None
     weights = [local(each.weight) for each in linears]
-    outputs = F.linear(x, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)
+    outputs = linears[0].matmul(x, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)
     return tuple(each.adapt(x, y) for each, y in zip(linears, outputs, strict=True)) if adapted else outputs
 
 

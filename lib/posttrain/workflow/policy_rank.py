@@ -27,6 +27,7 @@ from posttrain.data.types import Batch, Pack
 from posttrain.model.backend import backend_of
 from posttrain.model.decoder import Decoder
 from posttrain.model.export import join_export
+from posttrain.model.float8 import precision_on, use_float8
 from posttrain.model.flops import flop_counts, peak_flops
 from posttrain.model.forward import forward, loss_sum
 from posttrain.model.heads import name_outputs
@@ -79,9 +80,7 @@ class PolicyRank:
         self._sender: Sender | None = None
         self.backend = backend_of(backend)
         self.device = set_up_device(deterministic=training.deterministic)
-        self.precision = training.precision
-        if self.precision == "auto":
-            self.precision = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.precision, self.float8 = precision_on(self.device, training.precision)
         split = sizes.world > sizes.data or sizes.expert > 1
         # Small models on CPUs are held whole: a gather and a reduce for every block would take longer than the block.
         whole = self.device.type != "cuda" or backend != "posttrain"
@@ -174,9 +173,11 @@ class PolicyRank:
         return model
 
     def _prepare(self, model: Any) -> None:
-        """Recompute activations as asked; compile the blocks where that pays: on a GPU."""
+        """Recompute activations and multiply in float8 as asked; compile the blocks where that pays: on a GPU."""
         if isinstance(model, Decoder):
             model.checkpoint_activations(self.training.activation_checkpointing)
+            if self.float8:
+                use_float8(model, tensor=self.sizes.tensor)
             if self.device.type == "cuda":
                 model.compile_blocks()
 

@@ -17,7 +17,8 @@ class Training:
     pack_tokens: int
     precision: str = "auto"
     """float32; bfloat16: that of the model's computing, beside float32 masters (compute/master.py);
-    bfloat16_stochastic: of all (StochasticAdamW); auto: bfloat16 on a GPU, float32 on a CPU."""
+    bfloat16_stochastic: of all (StochasticAdamW); float8 for bfloat16 in either: that of the blocks' linear layers
+    (model/float8.py); auto: bfloat16 on a GPU, float32 on a CPU."""
     activation_checkpointing: str = "none"
     """A mode of model/recompute.py."""
     deterministic: bool = False
