@@ -28,7 +28,8 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
         "Reinforcement learning",
         [
             ("grpo_step", "python -m benchmarks.grpo_step --liger --pack-tokens 20480 --rollouts 128 512",
-             "A whole GRPO step on one GPU, both sides one after the other, on 16 CPU cores of their own."),
+             "A whole GRPO step on one GPU and 16 CPU cores, beside TRL's: in turn, or (`--apart`) each side with a GPU and "
+             "half of the cores of one host."),
             ("grpo_async", "python -m benchmarks.grpo_async --size 1.7b",
              "The flow's own step, through Ray: one GPU in turn, and two of which one samples ahead."),
             ("grpo_vllm", "python -m benchmarks.grpo_vllm",
@@ -68,17 +69,20 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
 NOTES = """
 ## What helped, and what did not
 
-- **vLLM's scheduler, one thread, decides how fast a small model samples.** At 0.6B, with one engine and no baseline
-  beside it, sampling takes 5 ms a token for 128 requests and 11.5 ms for 512 (`generate_s` of those rows): each further
-  request costs 17 us a token. Prompts of a whole batch in few steps, a frozen heap for the garbage collector, and
-  tokens and logprobs taken from the runner's arrays a step at a time
+- **vLLM's scheduler, one thread, decides how fast a small model samples.** At 0.6B sampling takes 4.0 ms a
+  token for 128 requests and 11.2 ms for 512 (`generate_s` of those rows): each further request costs 19 us a token.
+  Prompts of a whole batch in few steps, a frozen heap for the garbage collector, tokens and logprobs taken from the
+  runner's arrays a step at a time, and a search for cache once a block in place of once a token
   (`lib/posttrain/compute/generator/vllm_steps.py`) are what was done about it.
-- **Several engines beside each other on one GPU do not help** at 0.6B (the rows above without a baseline). The GPU
-  switches between processes, and each has a start of a step of its own. `rollout.generators` stays at 1 a rank.
+- **Several engines beside each other on one GPU do not help** at 0.6B (`--engines`). The GPU switches between processes, and each has a start of a step of its own. `rollout.generators` stays at 1 a rank.
 - **Packs that a batch fills.** 32 rollouts of 640 tokens fill a pack of 20,480 to 99.8 %; of 16,384, into which only 25
   fit, it would be 98 %, and the last pack of a batch of 128 nearly empty.
 - **No extra forward.** A batch gets one optimizer step, so the old policy's logprobs are the policy's own; nothing is
-  scored twice. Training is 18 % of a step at 0.6B.
+  scored twice. Training is 23 % of a step at 0.6B.
+- **FlashAttention 4** (the extra `flash4`) takes 30 ms of a step of the decoder at 1.7B where FlexAttention takes 47.
+- **Gate and up as two matmuls.** Stacked into one, as q, k and v are, their gradient is a concatenation that reads its
+  operands twice over, and both weights are copied: 7 ms and 1.3 GiB at 1.7B. Inductor's `coordinate_descent_tuning`,
+  and its other way to concatenate (`max_pointwise_cat_inputs = 0`), changed nothing beyond noise.
 - **One step ahead on two GPUs** is bound by the GPU that samples: it stands still for each sync and computes the cache
   of running requests anew, so that every later token is of the new weights alone.
 """
