@@ -28,8 +28,8 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
         "Reinforcement learning",
         [
             ("grpo_step", "python -m benchmarks.grpo_step --liger --pack-tokens 20480 --rollouts 128 512",
-             "A whole GRPO step on one GPU and 16 CPU cores, beside TRL's: in turn, or (`--apart`) each side with a GPU and "
-             "half of the cores of one host."),
+             "A whole GRPO step on one GPU and 16 CPU cores, beside TRL's: in turn, or (`--apart`) each side with a GPU "
+             "and half of the cores of one host."),
             ("grpo_async", "python -m benchmarks.grpo_async --size 1.7b",
              "The flow's own step, through Ray: one GPU in turn, and two of which one samples ahead."),
             ("grpo_vllm", "python -m benchmarks.grpo_vllm",
@@ -74,7 +74,8 @@ NOTES = """
   Prompts of a whole batch in few steps, a frozen heap for the garbage collector, tokens and logprobs taken from the
   runner's arrays a step at a time, and a search for cache once a block in place of once a token
   (`lib/posttrain/compute/generator/vllm_steps.py`) are what was done about it.
-- **Several engines beside each other on one GPU do not help** at 0.6B (`--engines`). The GPU switches between processes, and each has a start of a step of its own. `rollout.generators` stays at 1 a rank.
+- **Several engines beside each other on one GPU do not help** at 0.6B (`--engines`). The GPU switches between
+  processes, and each has a start of a step of its own. `rollout.generators` stays at 1 a rank.
 - **Packs that a batch fills.** 32 rollouts of 640 tokens fill a pack of 20,480 to 99.8 %; of 16,384, into which only 25
   fit, it would be 98 %, and the last pack of a batch of 128 nearly empty.
 - **No extra forward.** A batch gets one optimizer step, so the old policy's logprobs are the policy's own; nothing is
