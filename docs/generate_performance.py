@@ -28,7 +28,7 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
         "Reinforcement learning",
         [
             ("grpo_step", "python -m benchmarks.grpo_step --liger --pack-tokens 20480 --rollouts 128 512",
-             "A whole GRPO step on one GPU and 16 CPU cores, beside TRL's: in turn, or (`--apart`) each side with a GPU "
+             "A whole GRPO step on one GPU and 16 CPU cores, beside TRL's: in turn, or (`--apart`) each with a GPU "
              "and half of the cores of one host."),
             ("grpo_async", "python -m benchmarks.grpo_async --size 1.7b",
              "The flow's own step, through Ray: one GPU in turn, and two of which one samples ahead."),
