@@ -69,11 +69,12 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
 NOTES = """
 ## What helped, and what did not
 
-- **vLLM's scheduler, one thread, decides how fast a small model samples.** At 0.6B sampling takes 4.0 ms a
-  token for 128 requests and 11.2 ms for 512 (`generate_s` of those rows): each further request costs 19 us a token.
-  Prompts of a whole batch in few steps, a frozen heap for the garbage collector, tokens and logprobs taken from the
-  runner's arrays a step at a time, and a search for cache once a block in place of once a token
-  (`lib/posttrain/compute/generator/vllm_steps.py`) are what was done about it.
+- **Sampling is bound by the cache of keys and values, once the scheduler is not.** At 0.6B it takes 4.0 ms a token for
+  128 requests and 11.2 ms for 512 (`generate_s` of those rows): 115 kB a token of context are read at each step, 22 GB
+  for 512 requests of 384 tokens, the mean of a run. vLLM's scheduler, one thread, took longer than that before
+  prompts of a whole batch came in few steps, the heap was frozen for the garbage collector, tokens and logprobs were
+  taken from the runner's arrays a step at a time, and room in the cache was looked for once a block, not once a token
+  (`lib/posttrain/compute/generator/vllm_steps.py`).
 - **Several engines beside each other on one GPU do not help** at 0.6B (`--engines`). The GPU switches between
   processes, and each has a start of a step of its own. `rollout.generators` stays at 1 a rank.
 - **Packs that a batch fills.** 32 rollouts of 640 tokens fill a pack of 20,480 to 99.8 %; of 16,384, into which only 25
@@ -84,7 +85,8 @@ NOTES = """
 - **Gate and up as two matmuls.** Stacked into one, as q, k and v are, their gradient is a concatenation that reads its
   operands twice over, and both weights are copied: 7 ms and 1.3 GiB at 1.7B. Inductor's `coordinate_descent_tuning`,
   and its other way to concatenate (`max_pointwise_cat_inputs = 0`), changed nothing beyond noise.
-- **One step ahead on two GPUs** is bound by the GPU that samples: it stands still for each sync and computes the cache
+- **One step ahead on two GPUs** is bound by how long a batch takes to be sampled, trained on and sent, two of which
+  overlap: a group may not be older than one step. Each sync stops the GPU that samples, which then computes the cache
   of running requests anew, so that every later token is of the new weights alone.
 """
 
