@@ -11,7 +11,7 @@ from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.errors import ModelError
-from posttrain.model.attention import Layout
+from posttrain.model import layers
 from posttrain.model.decoder import Decoder
 from posttrain.model.families import decoder_config
 from posttrain.model.float8 import precision_on, states_of, tensorwise, unfit, use_float8
@@ -92,14 +92,11 @@ def test_only_linears_of_blocks_multiply_in_float8(tmp_path, family):
     model = load_decoder(random_model(config, tmp_path), dtype=torch.bfloat16)
     before = {name: each.clone() for name, each in model.named_parameters()}
     use_float8(model)
-    last = {"q_proj", "k_proj", "v_proj", "o_proj"} | (
-        {"gate_proj", "up_proj", "down_proj"} if family == "qwen3" else set()
-    )
-    found = {name for name, each in model.named_modules() if isinstance(each, Linear) and each.float8 is not None}
-    linears = {
-        name for name, each in model.named_modules() if name.rpartition(".")[2] in last and isinstance(each, Linear)
-    }
-    assert found == linears and found
+    kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    linears = {name: each for name, each in model.named_modules() if isinstance(each, Linear)}
+    found = {name for name, each in linears.items() if each.float8 is not None}
+    assert found == {name for name in linears if name.rpartition(".")[2] in kinds}
+    assert linears.keys() - found == {name for name in linears if name.endswith(("router", "output_head"))} != set()
     after = dict(model.named_parameters())
     assert all(torch.equal(after.pop(name), each) for name, each in before.items()) and not after
 
@@ -130,7 +127,7 @@ def gradients(model, batch):
 def test_a_decoder_in_float8_has_nearly_the_loss_and_gradients_of_bfloat16(folder, batch):
     loss, found = gradients(loaded(folder, in_float8=True), batch)
     expected, reference = gradients(loaded(folder, in_float8=False), batch)
-    assert loss != expected and loss == pytest.approx(expected, rel=5e-3)
+    assert loss != expected and loss == pytest.approx(expected, rel=2e-2)
     assert found.keys() == reference.keys()
     for name, each in found.items():
         cosine = torch.cosine_similarity(each.double().flatten(), reference[name].double().flatten(), dim=0)
@@ -154,14 +151,13 @@ def test_recomputed_activations_in_float8_give_the_same_bits(folder, batch):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_block_in_float8_is_one_graph(folder, batch, trained):
+def test_a_module_in_float8_is_one_graph(folder, monkeypatch, trained):
+    monkeypatch.setattr(layers, "joint", stacked)  # as on a GPU
     torch._dynamo.reset()
-    model = loaded(folder, in_float8=True).requires_grad_(trained)
-    layout = Layout.of(batch, backend="sdpa", windows={None})
-    tables = torch.ones(64, 1, 16), torch.zeros(64, 1, 16)
-    block, x = model.layers[0], torch.randn(64, 64).bfloat16()
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(compiled(x, *tables, layout), block(x, *tables, layout), rtol=0.02, atol=0.02)
+    mlp = loaded(folder, in_float8=True).requires_grad_(trained).layers[0].mlp
+    x = torch.randn(64, 64).bfloat16()
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x), mlp(x))
 
 
 @pytest.mark.parametrize(
