@@ -1,12 +1,10 @@
-"""Float8 on a GPU: our kernel's casts are torch's own bits, compiled products are the formula's, and a rank trains."""
+"""Float8 on a GPU: our kernel's casts are torch's own bits, and compiled products are the formula's."""
 
 import pytest
 import torch
 
 from float8_formula import E4M3, E5M2, error, products
 from posttrain.model.float8 import CAPABILITY, cast, tensorwise
-from test_engine_gpu import rank_of, steps_of
-from tiny_families import random_config, random_model
 
 able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not able, reason="needs a CUDA device of capability 8.9")]
@@ -54,22 +52,3 @@ def test_products_and_gradients_are_those_of_rounded_operands(sizes, compiled):
         assert error(ours, theirs) < 1e-2
     with torch.no_grad():
         assert all(error(ours, theirs) < 1e-2 for ours, theirs in zip(call(x, weights), outputs, strict=True))
-
-
-def test_a_rank_trains_in_float8_like_in_bfloat16_however_it_recomputes(tmp_path):
-    config = random_config("qwen3", 1) | {"head_dim": 64, "hidden_size": 128, "num_attention_heads": 4}
-    config |= {"num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 256}
-    folder = str(random_model(config, tmp_path))
-    expected = steps_of(rank_of(folder, precision="bfloat16"), range(4))
-    for settings in (
-        {"precision": "float8"},
-        {"precision": "float8_stochastic"},
-        {"precision": "float8", "activation_checkpointing": "selective"},
-        {"precision": "float8", "activation_checkpointing": "full"},
-    ):
-        rank = rank_of(folder, **settings)
-        narrow = settings["precision"] == "float8_stochastic"
-        state = {tensor.dtype for name, tensor in rank.engine.state().items() if name.startswith("model.")}
-        assert state == {torch.bfloat16 if narrow else torch.float32}
-        found = steps_of(rank, range(4))
-        assert found != expected and found == pytest.approx(expected, rel=3e-2), settings
