@@ -112,7 +112,8 @@ def test_checkpointed_activations_change_no_loss_beyond_rounding(model_uri):
 def test_a_rank_trains_in_float8_like_in_bfloat16_however_it_recomputes(tmp_path):
     config = random_config("qwen3", 1) | {"head_dim": 64, "hidden_size": 128, "num_attention_heads": 4}
     config |= {"num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 256}
-    folder = str(random_model(config, tmp_path))
+    random_model(config, tmp_path / "made", std=0.05)
+    storage.publish(tmp_path / "made", folder := str(tmp_path / "model"))
     expected = steps_of(rank_of(folder, precision="bfloat16"), range(4))
     for settings in (
         {"precision": "float8"},

@@ -28,7 +28,8 @@ WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return random_model(random_config("qwen3", 0) | WIDE | {"intermediate_size": 96}, tmp_path_factory.mktemp("m"))
+    config = random_config("qwen3", 0) | WIDE | {"intermediate_size": 96}
+    return random_model(config, tmp_path_factory.mktemp("model"), std=0.05)
 
 
 @pytest.fixture(scope="module")
