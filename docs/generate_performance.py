@@ -44,8 +44,8 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
             ("recipes_speed", "python -m benchmarks.recipes_speed --steps 8", "Baseline: SFT of the same model."),
             ("decoder", "python -m benchmarks.decoder", ""),
             ("float8", "python -m benchmarks.float8",
-             "`optim.precision: float8` beside bfloat16, whole steps and the losses of both on the same data; the curves "
-             "of the first size are [drawn](images/float8.svg)."),
+             "`optim.precision: float8` beside bfloat16, whole steps and the losses of both on the same data; the "
+             "curves of the first size are [drawn](images/float8.svg)."),
             ("lm_head", "python -m benchmarks.lm_head", "Baseline: the bare matrix products that no head can avoid."),
             ("memory", "python -m benchmarks.memory", "Estimate (ours) and measured peak (baseline)."),
             ("fsdp_scaling", "python -m benchmarks.fsdp_scaling", ""),
