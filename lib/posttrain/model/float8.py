@@ -1,8 +1,9 @@
 """x W^T with operands in float8, scaled to them as they come (dynamic scaling), where layers.Linear has F.linear.
 
-Only the product is in float8: weights, gradients, optimizer and checkpoints stay what they are. A block's casts are
-plain operations, which the compiler fuses into what makes their inputs; the matmuls are torch._scaled_mm, which wants
-both operands contiguous along the dimension that it sums over.
+Only the product is in float8: weights, gradients, optimizer and checkpoints stay what they are. Largest elements are
+found by plain operations, which the compiler fuses into what makes the tensor; the matmuls are torch._scaled_mm, which
+wants both operands contiguous along the dimension that it sums over. The gradients sum over the other one, so a cast
+leaves the transpose too.
 """
 
 from collections.abc import Sequence
