@@ -7,7 +7,7 @@ above ln V towards the chain's entropy, which is in the row. Both sides see the 
 weights, and each runs in a process of its own. A recipe is a name of model/float8.RECIPES; "+fast" also sums the
 backward's products in the short accumulators, "+compiler" leaves the casts of `tensorwise` to the compiler.
 
-    python -m benchmarks.float8 [--sizes 1.7b 4b] [--recipes rowwise] [--tokens 16384] [--steps 60] [--out FILE]
+    python -m benchmarks.float8 [--sizes 1.7b 4b] [--recipes tensorwise] [--tokens 16384] [--steps 60] [--out FILE]
     python -m benchmarks.float8 --matmuls [--sizes 1.7b]
 
 The curve is that of the first size; others run for 8 steps. --matmuls times the bare matmuls and casts of a block.
@@ -195,7 +195,7 @@ def matmuls(size: str, tokens: int) -> dict[str, Any]:
             b = torch.randn(columns, inner, device="cuda").bfloat16()
             a8, b8 = a.to(float8.E4M3), b.to(float8.E4M3)
             a5 = a8 if product == "y" else a.to(float8.E5M2)
-            row_scale, column_scale = torch.ones(rows, 1, device="cuda"), torch.ones(columns, 1, device="cuda")
+            row_scale, column_scale = torch.ones(rows, 1, device="cuda"), torch.ones(1, columns, device="cuda")
             runs = {"bfloat16": lambda a=a, b=b: a @ b.t()}
             for fast in (True, False):
                 kind = {"dtype": torch.bfloat16, "fast": fast}
@@ -208,7 +208,7 @@ def matmuls(size: str, tokens: int) -> dict[str, Any]:
             work = 2 * rows * inner * columns
             found[f"{name} {product}"] = {what: round(work / ms / 1e9) for what, ms in times.items()}
         x = torch.randn(tokens, k, device="cuda").bfloat16()
-        both = median_ms(lambda x=x: float8.cast(x, one, float8.E4M3, rows=True, columns=True), repeat=5, inner=4)
+        both = median_ms(lambda x=x: float8.cast([x], one, float8.E4M3, dim=0, layouts=(True, True)), repeat=5, inner=4)
         found[f"{name} cast of x, GB/s"] = round(4 * x.numel() / both / 1e6)
     return found
 
@@ -230,7 +230,7 @@ def sides_of(size: str, options: argparse.Namespace, steps: int) -> dict[str, An
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1.7b", "4b"], choices=SIZES)
-    parser.add_argument("--recipes", nargs="+", default=["rowwise"])
+    parser.add_argument("--recipes", nargs="+", default=["tensorwise"])
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--steps", type=int, default=60, help="of the first size")
     parser.add_argument("--matmuls", action="store_true")

@@ -42,6 +42,9 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
         [
             ("recipes_speed", "python -m benchmarks.recipes_speed --steps 8", "Baseline: SFT of the same model."),
             ("decoder", "python -m benchmarks.decoder", ""),
+            ("float8", "python -m benchmarks.float8",
+             "`optim.precision: float8` beside bfloat16, whole steps and the losses of both on the same data; the "
+             "curves of the first size are [drawn](images/float8.svg)."),
             ("lm_head", "python -m benchmarks.lm_head", "Baseline: the bare matrix products that no head can avoid."),
             ("memory", "python -m benchmarks.memory", "Estimate (ours) and measured peak (baseline)."),
             ("fsdp_scaling", "python -m benchmarks.fsdp_scaling", ""),
@@ -172,12 +175,24 @@ def step_plot() -> str:
     return bar_plot("A GRPO step on one H200: model, rollouts a step", bars, x="seconds")
 
 
+def float8_plot() -> str:
+    """The loss curves of both precisions, of the first row that has them."""
+    row = next(row for row in results("float8") if "measured" in row)
+    lines = [
+        Line(label=side, points=list(enumerate(found["losses"], 1)), colour=colour, dashed=side == "float8")
+        for colour, (side, found) in zip(COLOURS, row["measured"].items(), strict=False)
+    ]
+    return line_plot(row["workload"].split(";")[0], lines, x="optimizer step", y="loss, nats a token")
+
+
 def documents() -> dict[Path, str]:
     """Every file that this writes, and its text."""
     lines = [HEAD, "![A GRPO step beside TRL's](images/grpo_step.svg)", ""]
     for title, benchmarks in PARTS:
         lines += [f"## {title}", ""]
         for name, command, note in benchmarks:
+            if name == "float8" and not (RESULTS / "float8.json").exists():  # not measured yet
+                continue
             lines += [f"`{command}`" + (f". {note}" if note else ""), "", *table(results(name)), ""]
     plots = {
         "grpo_step": step_plot(),
@@ -185,6 +200,8 @@ def documents() -> dict[Path, str]:
         "rl_methods": methods_plot(),
         "grpo_vllm": vllm_plot(),
     }
+    if (RESULTS / "float8.json").exists():
+        plots["float8"] = float8_plot()
     page = "\n".join(lines).rstrip() + "\n" + NOTES
     return {DOCS / "performance.md": page} | {DOCS / "images" / f"{name}.svg": svg for name, svg in plots.items()}
 

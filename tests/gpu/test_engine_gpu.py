@@ -17,6 +17,7 @@ from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
 from posttrain.errors import ComputeError
+from posttrain.model.float8 import CAPABILITY
 from posttrain.model.losses.sft import SFTLoss
 from posttrain.workflow.policy_rank import PolicyRank
 from posttrain.workflow.training import Training
@@ -102,6 +103,30 @@ def test_checkpointed_activations_change_no_loss_beyond_rounding(model_uri):
         assert steps_of(rank_of(model_uri, activation_checkpointing=mode), range(3)) == pytest.approx(
             expected, rel=1e-2
         )
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < CAPABILITY,
+    reason="needs compute capability 8.9",
+)
+def test_a_rank_trains_in_float8_like_in_bfloat16_however_it_recomputes(tmp_path):
+    config = random_config("qwen3", 1) | {"head_dim": 64, "hidden_size": 128, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 256}
+    random_model(config, tmp_path / "made", std=0.05)
+    storage.publish(tmp_path / "made", folder := str(tmp_path / "model"))
+    expected = steps_of(rank_of(folder, precision="bfloat16"), range(4))
+    for settings in (
+        {"precision": "float8"},
+        {"precision": "float8_stochastic"},
+        {"precision": "float8", "activation_checkpointing": "selective"},
+        {"precision": "float8", "activation_checkpointing": "full"},
+    ):
+        rank = rank_of(folder, **settings)
+        narrow = settings["precision"] == "float8_stochastic"
+        state = {tensor.dtype for name, tensor in rank.engine.state().items() if name.startswith("model.")}
+        assert state == {torch.bfloat16 if narrow else torch.float32}
+        found = steps_of(rank, range(4))
+        assert found != expected and found == pytest.approx(expected, rel=3e-2), settings
 
 
 def test_a_deterministic_rank_resumes_to_the_same_bits(model_uri):

@@ -88,3 +88,9 @@ def test_a_model_whose_heads_the_ranks_cannot_share_is_refused(tmp_path: Path):
         plan(small_config(**changes), flow="F", run_id="1")
     with pytest.raises(ConfigError, match=r"parallel\.expert = 2 splits experts, and the model has none"):
         plan(small_config(**changes | {"parallel.tensor": 1, "parallel.expert": 2}), flow="F", run_id="1")
+
+
+def test_a_model_whose_sides_float8_cannot_read_is_refused(tmp_path: Path):
+    changes = {"optim.precision": "float8", "parallel.gpus_per_node": 2, "checkpoint.root": str(tmp_path / "runs")}
+    with pytest.raises(ConfigError, match=r"multiples of 16, and the model's hidden size are 40 wide on a rank"):
+        plan(small_config(**changes | {"model.fresh.hidden_size": 40}), flow="F", run_id="1")

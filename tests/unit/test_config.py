@@ -15,6 +15,7 @@ from posttrain.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "grpo_tiny.yaml"
+FLOAT8 = {"optim.precision": "float8", "parallel.gpus_per_node": 2}
 
 
 def load(changes):
@@ -68,6 +69,9 @@ def test_every_file_in_configs_parses(path, monkeypatch):
         ({"parallel.context": 2, "model.backend": "transformers"}, "split posttrain's own decoder only"),
         ({"parallel.context": 3, "data.pack_tokens": 64}, "data.pack_tokens = 64 is no multiple of 6"),
         ({"parallel.gpus_per_node": 2, "parallel.context": 2}, "times parallel.context = 2 ranks need as many GPUs"),
+        ({"optim.precision": "float8"}, "optim.precision: float8 needs GPUs, and the run has none"),
+        ({**FLOAT8, "model.backend": "transformers"}, "float8 needs posttrain's own decoder"),
+        ({**FLOAT8, "data.pack_tokens": 1000}, "on every rank; choose 1008, or"),
         ({"parallel.expert": 3}, "parallel.expert = 3 does not divide parallel.data = 2"),
         ({"parallel.backend": "kubernetes"}, "set checkpoint.root to an s3:// prefix that all can reach"),
         ({"parallel.backend": "kubernetes", "checkpoint.root": "/disk"}, "set checkpoint.root to an s3:// prefix"),

@@ -1,11 +1,14 @@
 """x W^T with operands in float8, scaled to them as they come (dynamic scaling), where layers.Linear has F.linear.
 
-Only the product is in float8: weights, gradients, optimizer and checkpoints stay what they are. A block's casts are
-plain operations, which the compiler fuses into what makes their inputs; the matmuls are torch._scaled_mm, which wants
-both operands contiguous along the dimension that it sums over.
+Only the product is in float8: weights, gradients, optimizer and checkpoints stay what they are. Largest elements are
+found by plain operations, which the compiler fuses into what makes the tensor; the matmuls are torch._scaled_mm, which
+wants both operands contiguous along the dimension that it sums over. The gradients sum over the other one, so a cast
+leaves the transpose too.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from torch import Tensor
 from posttrain.errors import ModelError
 from posttrain.model.decoder import Decoder
 from posttrain.model.families import DecoderConfig
+from posttrain.model.layers import Products
 from posttrain.model.lora import linears
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -62,7 +66,7 @@ def unfit(config: DecoderConfig, *, tensor: int = 1) -> list[str]:
     ]
 
 
-def use_float8(model: Decoder, *, tensor: int = 1, recipe: str = "rowwise") -> None:
+def use_float8(model: Decoder, *, tensor: int = 1, recipe: str = "tensorwise") -> None:
     """Let every Linear of a decoder's blocks multiply in float8: not a head, a router, experts or an adapter's term.
 
     Args:
@@ -75,25 +79,62 @@ def use_float8(model: Decoder, *, tensor: int = 1, recipe: str = "rowwise") -> N
     if problems := unfit(model.config, tensor=tensor):
         raise ModelError("\n".join(problems))
     for _, linear in linears(model):
-        linear.matmul = RECIPES[recipe]
+        linear.float8 = RECIPES[recipe]
 
 
-def rowwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in] bfloat16 -> x W^T (+ b) [T, out]: forward and gradient of x in float8, with a scale
-    for each row and column; the gradient of W, a sum over all tokens, in bfloat16."""
-    y: Tensor = _Rowwise.apply(x, weight)  # pyright: ignore[reportAssignmentType]
-    return y if bias is None else y + bias
-
-
-def tensorwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As rowwise(), with one scale a tensor and all three matmuls in float8; T is a multiple of 16."""
+def tensorwise(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """layers.Products in float8, their gradients too: e4m3 forward, e5m2 for gradients of outputs, one scale for x and
+    one for all of the weights (arXiv:2209.05433). T is a multiple of 16."""
     trained = torch.is_grad_enabled()
-    needs = (trained and x.requires_grad, trained and weight.requires_grad)
-    y: Tensor = _Tensorwise.apply(x, weight, *needs)  # pyright: ignore[reportAssignmentType]
-    return y if bias is None else y + bias
+    needs = trained and x.requires_grad, trained and weights[0].requires_grad
+    if not any(needs):  # dynamo cannot trace a Function of any number of tensors where none has a gradient
+        return _products(x, weights, needs)[0]
+    return _Tensorwise.apply(needs, x, *weights)  # pyright: ignore[reportReturnType]
 
 
-RECIPES: dict[str, Callable[..., Tensor]] = {"rowwise": rowwise, "tensorwise": tensorwise}
+def rowwise(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """layers.Products with a scale for each row of x and each column of W^T; the weights' gradients in bfloat16."""
+    y: Tensor = _Rowwise.apply(x, torch.cat(list(weights)))  # pyright: ignore[reportAssignmentType]
+    return y.split([len(weight) for weight in weights], dim=-1)
+
+
+RECIPES: dict[str, Products] = {"rowwise": rowwise, "tensorwise": tensorwise}
+FAST_BACKWARD = False
+"""Sum the backward's products in the tensor cores' short accumulators: faster, and less exact over many tokens."""
+KERNEL = True
+"""Read a tensor once for both layouts, by a kernel of our own."""
+
+
+def _products(
+    x: Tensor, weights: Sequence[Tensor], needs: tuple[bool, bool]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The products, and what their gradients read: x and W transposed, as far as x or W `needs` one, and scales."""
+    wanted, trained = needs
+    scale_x, scale_w = scale_of([x], E4M3), scale_of(weights, E4M3)
+    x8, x8t = cast([x], scale_x, E4M3, dim=0, layouts=(True, trained))
+    w8, w8t = cast(weights, scale_w, E4M3, dim=0, layouts=(True, wanted))
+    inverse_x, inverse_w = 1 / scale_x, 1 / scale_w
+    y = scaled_mm(x8, w8, inverse_x, inverse_w, dtype=x.dtype, fast=True)
+    return y.split([len(weight) for weight in weights], dim=-1), (x8t, w8t, inverse_x, inverse_w)
+
+
+class _Tensorwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, needs: tuple[bool, bool], x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        outputs, kept = _products(x, weights, needs)
+        ctx.sizes = [len(weight) for weight in weights]
+        ctx.save_for_backward(*kept)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x8t, w8t, inverse_x, inverse_w = ctx.saved_tensors
+        _, wanted, trained, *_ = ctx.needs_input_grad
+        scale, how = scale_of(grads, E5M2), {"dtype": grads[0].dtype, "fast": FAST_BACKWARD}
+        g8, g8t = cast(grads, scale, E5M2, dim=1, layouts=(wanted, trained))
+        dx = scaled_mm(g8, w8t, 1 / scale, inverse_w, **how) if wanted else None
+        dw = scaled_mm(g8t, x8t, 1 / scale, inverse_x, **how).split(ctx.sizes) if trained else [None] * len(grads)
+        return None, dx, *dw
 
 
 class _Rowwise(torch.autograd.Function):
@@ -105,93 +146,81 @@ class _Rowwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, weight = ctx.saved_tensors
-        (grad,) = grads
         wanted, trained = ctx.needs_input_grad
-        dx = _rowwise_mm(grad, weight.t()) if wanted else None
-        return dx, grad.t() @ x if trained else None
+        dx = _rowwise_mm(grads[0], weight.t()) if wanted else None
+        return dx, grads[0].t() @ x if trained else None
 
 
 def _rowwise_mm(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k], b [n, k] -> a b^T [m, n], a scale for each row of both."""
-    scale_a, scale_b = scale_of(a, E4M3, dim=1), scale_of(b, E4M3, dim=1)
+    scale_a, scale_b = (_scale(each.abs().amax(1, keepdim=True), E4M3) for each in (a, b))
     a8, b8 = (a.float() * scale_a).to(E4M3).contiguous(), (b.float() * scale_b).to(E4M3).contiguous()
-    return scaled_mm(a8, b8, 1 / scale_a, 1 / scale_b, dtype=a.dtype, fast=True)
+    return scaled_mm(a8, b8, 1 / scale_a, (1 / scale_b).t(), dtype=a.dtype, fast=True)
 
 
-class _Tensorwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, wanted: bool, trained: bool) -> Tensor:
-        scale_x, scale_w = scale_of(x, E4M3), scale_of(weight, E4M3)
-        x8, x8t = cast(x, scale_x, E4M3, rows=True, columns=trained)
-        w8, w8t = cast(weight, scale_w, E4M3, rows=True, columns=wanted)
-        inverse_x, inverse_w = 1 / scale_x, 1 / scale_w
-        ctx.save_for_backward(x8t, w8t, inverse_x, inverse_w)
-        return scaled_mm(x8, w8, inverse_x, inverse_w, dtype=x.dtype, fast=True)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        x8t, w8t, inverse_x, inverse_w = ctx.saved_tensors
-        (grad,) = grads
-        wanted, trained, *_ = ctx.needs_input_grad
-        scale = scale_of(grad, E5M2)
-        inverse = 1 / scale
-        g8, g8t = cast(grad, scale, E5M2, rows=wanted, columns=trained)
-        dx = scaled_mm(g8, w8t, inverse, inverse_w, dtype=grad.dtype, fast=FAST_BACKWARD) if wanted else None
-        dw = scaled_mm(g8t, x8t, inverse, inverse_x, dtype=grad.dtype, fast=FAST_BACKWARD) if trained else None
-        return dx, dw, None, None
+def scale_of(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """float32 of no dimension: what all of these are multiplied by to fill the range of `dtype`; NaN if one has NaN."""
+    # Rows first: that the compiler fuses into what makes the rows.
+    tops = [part.abs().amax(-1).amax() for part in parts]
+    return _scale(torch.stack(tops).amax() if len(tops) > 1 else tops[0], dtype)
 
 
-FAST_BACKWARD = False
-"""Sum the backward's products in the tensor cores' short accumulators: faster, and less exact over many tokens."""
-
-
-def scale_of(x: Tensor, dtype: torch.dtype, *, dim: int | None = None) -> Tensor:
-    """float32: what x is multiplied by to fill the range of `dtype`, a power of two, so that it rounds nothing; of
-    each slice along `dim`, kept with size 1, or, with None, of all (0-d). NaN where x has one."""
-    top = x.abs().amax(-1) if dim is None else x.abs().amax(dim, keepdim=True)
-    top = top.amax() if dim is None else top  # rows first: that the compiler fuses into what makes the rows
+def _scale(top: Tensor, dtype: torch.dtype) -> Tensor:
+    """A power of two, so that it rounds nothing itself, for this largest element."""
     return torch.exp2(torch.floor(torch.log2(torch.finfo(dtype).max / top.float().clamp(min=SMALLEST))))
 
 
 SMALLEST = 1e-12
-"""A largest element below it is taken for it, so that a tensor of zeros has a finite scale."""
+"""A largest element below it counts as it, so that zeros have a finite scale."""
 
 
-def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, *, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
-    """x [m, n] in float8, and its transpose [n, m], both contiguous; one that is not wanted is empty."""
-    if x.is_cuda and KERNEL:
-        return _cast(x, scale, dtype, rows, columns)
-    x8, empty = (x.float() * scale).to(dtype), x.new_empty(0, dtype=dtype)
-    return x8 if rows else empty, x8.t().contiguous() if columns else empty
+def cast(
+    parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, *, dim: int, layouts: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Matrices, joined along `dim`, times a scale, in float8: [m, n] and its transpose [n, m], both contiguous.
 
-
-KERNEL = True
-"""Read a tensor once for both layouts, by a kernel of our own."""
+    Args:
+        layouts: which of the two are wanted; the other is empty.
+    """
+    if parts[0].is_cuda and KERNEL:
+        return _cast(list(parts), scale, dtype, dim, *layouts)
+    x8 = torch.cat([(part.float() * scale).to(dtype) for part in parts], dim)
+    empty = x8.new_empty(0)
+    return x8 if layouts[0] else empty, x8.t().contiguous() if layouts[1] else empty
 
 
 @torch.library.custom_op("posttrain::cast_float8", mutates_args=())
-def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
-    from posttrain.model.float8_kernels import TILE_COLUMNS, TILE_ROWS, cast_tile
+def _cast(
+    parts: list[Tensor], scale: Tensor, dtype: torch.dtype, dim: int, with_rows: bool, with_columns: bool
+) -> tuple[Tensor, Tensor]:
+    from posttrain.model.float8_kernels import cast_tile, tiles
 
-    x = x.contiguous()
-    m, n = x.shape
-    outputs = _outputs(x, dtype, rows, columns)
-    grid = (-(-m // TILE_ROWS.value), -(-n // TILE_COLUMNS.value))
-    cast_tile[grid](x, scale, *outputs, m, n, rows, columns)
-    return outputs
+    kernel: Any = cast_tile  # subscripted: Triton's way to say how many programs
+    rows, columns = _empty(parts, dtype, dim, with_rows, with_columns)
+    start = 0
+    for part in parts:
+        part = part if part.stride(1) == 1 else part.contiguous()
+        (m, n), size = part.shape, part.shape[dim]
+        mine = rows.narrow(dim, start, size) if with_rows else rows
+        turned = columns.narrow(1 - dim, start, size) if with_columns else columns
+        strides = part.stride(0), mine.stride(0), turned.stride(0)
+        kernel[tiles(m, n)](part, scale, mine, turned, m, n, *strides, with_rows, with_columns)
+        start += size
+    return rows, columns
 
 
 @_cast.register_fake
-def _(x, scale, dtype, rows, columns):
-    return _outputs(x, dtype, rows, columns)
+def _(parts, scale, dtype, dim, with_rows, with_columns):
+    return _empty(parts, dtype, dim, with_rows, with_columns)
 
 
-def _outputs(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
-    m, n = x.shape
-    return x.new_empty((m, n) if rows else 0, dtype=dtype), x.new_empty((n, m) if columns else 0, dtype=dtype)
+def _empty(parts: list[Tensor], dtype: torch.dtype, dim: int, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
+    sides = list(parts[0].shape)
+    sides[dim] = sum(part.shape[dim] for part in parts)
+    new = partial(parts[0].new_empty, dtype=dtype)
+    return new(sides if rows else 0), new(sides[::-1] if columns else 0)
 
 
 def scaled_mm(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, *, dtype: torch.dtype, fast: bool) -> Tensor:
     """a [m, k], b [n, k] float8 -> a b^T, divided by the scales that both were cast with."""
-    inverse_b = inverse_b.t() if inverse_b.ndim else inverse_b
     return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, out_dtype=dtype, use_fast_accum=fast)

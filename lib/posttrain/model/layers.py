@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from posttrain.model.collectives import Group, copy_in, local, reduce_out
 
+Products = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
+"""(x [T, in], [W [out, in], ...]) -> [x W^T [T, out], ...]."""
+
 
 class Linear(nn.Module):
     """y = x W^T (+ b) over [T, in] -> [T, out], and the low-rank term of its adapter, if any (model/lora.py)."""
@@ -17,8 +20,8 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.matmul: Callable[..., Tensor] = F.linear
-        """(x, W, b) -> x W^T (+ b), in the dtype of its operands or in float8 (model/float8.py)."""
+        self.float8: Products | None = None
+        """Makes x W^T in the place of F.linear (model/float8.py)."""
         self.adapter: nn.Module | None = None
         """Called as adapter(x, x W^T, W); returns what stands in for x W^T, before the bias."""
         self.sum_over: Group | None = None
@@ -26,9 +29,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = local(self.weight)
+        if self.float8 is not None:
+            return self.adapt(x, *self.float8(x, [weight]))
         if self.adapter is None and self.sum_over is None:
-            return self.matmul(x, weight, None if self.bias is None else local(self.bias))
-        return self.adapt(x, self.matmul(x, weight))
+            return F.linear(x, weight, None if self.bias is None else local(self.bias))
+        return self.adapt(x, F.linear(x, weight))
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """x W^T becomes the output: the adapter's term where there is one, the other ranks' parts, then the bias."""
@@ -56,12 +61,15 @@ def joint(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
 
 def stacked(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     """joint() as one matmul over the stacked weights: each is copied once, and their gradients are views of one."""
+    weights = [local(each.weight) for each in linears]
+    if linears[0].float8 is not None:
+        outputs = linears[0].float8(x, weights)
+        return tuple(each.adapt(x, y) for each, y in zip(linears, outputs, strict=True))
     biases = [local(each.bias) for each in linears if each.bias is not None]
     assert len(biases) in (0, len(linears)), "linears of one input all have biases or none"
     adapted = any(each.adapter is not None for each in linears)
     bias = torch.cat(biases) if biases and not adapted else None
-    weights = [local(each.weight) for each in linears]
-    outputs = linears[0].matmul(x, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)
+    outputs = F.linear(x, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)
     return tuple(each.adapt(x, y) for each, y in zip(linears, outputs, strict=True)) if adapted else outputs
 
 

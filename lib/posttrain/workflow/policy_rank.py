@@ -118,12 +118,8 @@ class PolicyRank:
             weight_decay=training.weight_decay,
             stochastic=self.precision == "bfloat16_stochastic",
         )
-        scale = partial(
-            lr_scale,
-            schedule=training.schedule,
-            warmup_steps=training.warmup_steps,
-            num_steps=training.num_steps,
-        )
+        planned = {"warmup_steps": training.warmup_steps, "num_steps": training.num_steps}
+        scale = partial(lr_scale, schedule=training.schedule, **planned)
         self.snapshot = Snapshot(rank=self.rank, world_size=self.sizes.world)
         self.engine = Engine(
             model,
