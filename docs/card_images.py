@@ -165,7 +165,7 @@ def _shoot(browser: str, pages: Path, address: str, picture: str, names: list[st
     _look(browser, pages, address, names, width, height, f"--screenshot={shot}")
     from PIL import Image  # comes with TensorBoard
 
-    image = Image.open(shot).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    image = Image.open(shot).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     held = io.BytesIO()
     image.save(held, "PNG", optimize=True)
     if held.tell() > MOST_BYTES:

@@ -202,6 +202,10 @@ def config(tmp_path, monkeypatch):
         (["nowhere.yaml"], "ConfigError: --config nowhere.yaml: no such file"),
         (["small.yaml", "--config-value", "optim.lrr=1"], 'ConfigError: optim.lrr: unknown key; did you mean "lr"?'),
         (["small.yaml", "--config-value", "optim.lr"], "ConfigError: --config-value optim.lr: write it as key=value"),
+        (
+            ["small.yaml", "--config-value", "reward.function=small_task:rewrd"],
+            "ConfigError: reward.function: small_task:rewrd: small_task has no 'rewrd'; it has ",
+        ),
     ],
 )
 def test_a_wrong_config_is_one_message(config, words, said):

@@ -225,7 +225,7 @@ def measure_names(samples: int) -> dict[str, str]:
 
 
 def verdict(evaluation: dict[str, dict[str, Any]]) -> markup.Html:
-    """The last model's numbers, with the first model's below them."""
+    """The last model's numbers, with the first model's below them; pass@k are in the chart alone."""
     (before, was), (_, now) = next(iter(evaluation.items())), list(evaluation.items())[-1]
     labels = {name: label_of(name) for name in measured(evaluation)}
     titles = {name: label[0].upper() + label[1:] for name, label in labels.items()}
@@ -234,6 +234,8 @@ def verdict(evaluation: dict[str, dict[str, Any]]) -> markup.Html:
     titles["mean_tokens"] = "Tokens a completion"
     found = []
     for name in measured(evaluation):
+        if name.startswith(PASS):
+            continue
         change = f"{before} {markup.number(was[name])}, change {now[name] - was[name]:+.3f}"
         found.append((titles[name], markup.number(now[name]), change if len(evaluation) > 1 else ""))
     return markup.block(markup.boxes(found))

@@ -189,6 +189,23 @@ def test_numbers_show_the_digits_that_matter(value, shown):
 
 
 @pytest.mark.parametrize(
+    ("cells", "right"),
+    [
+        ((1, 2.5), True),
+        (("36.8%", "100.0%"), True),
+        (("469 B", "4.08 MB"), True),
+        (("⚠ 3.1%", "0.0%"), True),
+        (("1", "no limit"), False),
+        (("83050c626d9e", "2"), False),
+        (("", ""), False),
+    ],
+)
+def test_a_column_of_numbers_and_shares_is_set_right(cells, right):
+    head = markup.table(["column"], [[cell] for cell in cells]).partition("</thead>")[0]
+    assert ('class="number"' in head) is right
+
+
+@pytest.mark.parametrize(
     ("seconds", "shown"), [(8.51, "8.5 s"), (59.4, "59 s"), (245, "4 min 05 s"), (12_000, "3 h 20 min")]
 )
 def test_durations_are_for_people(seconds, shown):
