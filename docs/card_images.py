@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 WIDE, NARROW = 1080, 400
 """Pixels of a card's frame: in the Metaflow UI on a laptop, and on a telephone."""
-LONGEST = 2400
-"""Pixels of a picture's height; what is below is more of the same."""
+LONGEST, OF_NARROW = 2400, 1900
+"""Pixels of a picture's height, and of the one of narrow frames; what is below is more of the same."""
 MOST_BYTES = 200_000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
 DRAWN_MS = 8000
@@ -160,7 +160,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 def _shoot(browser: str, pages: Path, address: str, picture: str, names: list[str], width: int) -> None:
     """One picture of frames beside each other. Looked at twice, as a window must be as high as what it shows."""
-    height = min(LONGEST, max(_look(browser, pages, address, names, width, LONGEST)))
+    height = min(LONGEST if width == WIDE else OF_NARROW, max(_look(browser, pages, address, names, width, LONGEST)))
     shot = pages / "shot.png"
     _look(browser, pages, address, names, width, height, f"--screenshot={shot}")
     from PIL import Image  # comes with TensorBoard

@@ -141,7 +141,11 @@ def bar_chart(title: str, unit: str, bars: dict[str, dict[str, float]]) -> dict[
 def interval_chart(title: str, unit: str, gain: float, interval: tuple[float, float], margin: float) -> dict[str, Any]:
     """A gain as a dot on its interval, and the margin that it must be above as a line."""
     low, high = interval
-    axis = {"type": "quantitative", "title": unit, "scale": {"zero": False, "nice": True}}
+    scale, ticks = {"zero": False, "nice": True}, {"tickCount": 7}
+    axis = {"type": "quantitative", "title": unit, "scale": scale, "axis": ticks}
+    limit = {"data": {"values": [{"margin": _short(margin)}]}}
+    left = margin <= gain  # so that the words stand where the interval is not
+    says = {"type": "text", "align": "left" if left else "right", "dx": 5 if left else -5, "y": 6, "color": RED}
     layers = [
         {
             "data": {"values": [{"low": _short(low), "high": _short(high)}]},
@@ -154,12 +158,17 @@ def interval_chart(title: str, unit: str, gain: float, interval: tuple[float, fl
             "encoding": {"x": {"field": "gain", **axis}, "tooltip": [{"field": "gain", "type": "quantitative"}]},
         },
         {
-            "data": {"values": [{"margin": _short(margin)}]},
+            **limit,
             "mark": {"type": "rule", "strokeDash": [5, 4], "color": RED},
             "encoding": {"x": {"field": "margin", **axis}, "tooltip": [{"field": "margin", "type": "quantitative"}]},
         },
+        {
+            **limit,
+            "mark": says,
+            "encoding": {"x": {"field": "margin", **axis}, "text": {"value": f"margin {margin:g}"}},
+        },
     ]
-    return _spec(title, {"height": 110, "layer": layers})
+    return _spec(title, {"height": 130, "layer": layers})
 
 
 def source_colour(number: int) -> str:

@@ -54,7 +54,7 @@ STYLE = (
     ".pt .said{font-family:var(--mono-font);font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere;"
     "unicode-bidi:isolate}"
     ".pt .faint{color:#7d8896}"
-    ".pt .tokens+.tokens{margin-top:.5rem}"
+    ".pt .tokens+.tokens{margin-top:.5rem}.pt .note+:is(.boxes,.scroll){margin-top:.6rem}"
     ".pt .tokens{line-height:2.1}.pt .tokens .said{border-radius:3px;padding:.15rem .2rem;margin-right:2px}"
     ".pt .trained{background:#2f6fde;color:#fff;font-weight:700}.pt .trained .faint{color:#cfe0ff}"
     ".pt .masked{background:#f0f2f5;color:#5b6470}"

@@ -116,7 +116,8 @@ def promotion_page(
         "kept": "Not promoted" if parent is None else f"Version {parent} stays champion",
         "stale": "Too late to be promoted",
     }[promotion["outcome"]]
-    facts = [promotion["run"], f"{promotion['files']:,} new files", f"{found['rows']:,} held-out rows", f"from {was}"]
+    new = f"{promotion['files']:,} new file{'s' * (promotion['files'] != 1)}"
+    facts = [promotion["run"], new, f"{found['rows']:,} held-out rows", f"from {was}"]
     sure = f"{found['confidence']:.0%}"
     boxes = [
         ("Gain of the mean", f"{found['gain']:+.4g}", f"of {LABELS[promotion['measure']]}"),
@@ -129,7 +130,13 @@ def promotion_page(
     return [
         markup.page(title, facts),
         markup.block(markup.heading("Decision", promotion["why"]), markup.boxes(boxes)),
-        charts.interval_chart("Gain, row by row", "gain", found["gain"], interval, found["margin"]),
+        charts.interval_chart(
+            f"Mean gain, and where it lies for {sure} sure",
+            f"gain of {LABELS[promotion['measure']]}",
+            found["gain"],
+            interval,
+            found["margin"],
+        ),
         markup.block(markup.heading("Both models"), markup.table(["", was, "challenger", "change"], rows)),
     ]
 

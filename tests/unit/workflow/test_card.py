@@ -305,7 +305,9 @@ def test_a_promotion_shows_its_decision_both_models_and_the_interval(outcome: st
     assert "2.50" in Opened(str(both)).text and "2.25" in Opened(str(both)).text
     assert isinstance(chart, dict)
     values = [layer["data"]["values"][0] for layer in chart["layer"]]
-    assert values == [{"low": 0.125, "high": 0.5}, {"gain": 0.25}, {"margin": 0.1}]
+    assert values == [{"low": 0.125, "high": 0.5}, {"gain": 0.25}, {"margin": 0.1}, {"margin": 0.1}]
+    assert chart["layer"][-1]["encoding"]["text"] == {"value": "margin 0.1"}
+    assert chart["layer"][0]["encoding"]["x"]["title"] == "gain of loss, nats per token or pair"
     json.dumps(chart)
 
 
