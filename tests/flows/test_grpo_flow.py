@@ -76,6 +76,15 @@ def test_the_notebook_reads_a_finished_run(finished: Path, run, monkeypatch):
     assert "Reward" in titles
 
 
+def test_the_lines_of_the_readme_read_a_finished_run(finished: Path, run, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    text = (ROOT / "README.md").read_text()
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "latest_successful_run" in each]
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert run.data.exported["uri"] in printed and str(run.data.evaluation["after"]["sampled_reward"]) in printed
+
+
 def test_the_flow_ends_with_a_table_and_the_export_path(finished: Path):
     log = (finished / "log").read_text()
     assert "grpo 6/6" in log and "ETA 0:00" in log
