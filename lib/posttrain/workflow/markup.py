@@ -32,7 +32,6 @@ STYLE = (
     ".mf-card .sectionItems>*{grid-column:1/-1;min-width:0}"
     ".mf-card .sectionItems>.vega-embed{grid-column:auto}"
     ".mf-card .sectionItems>.pt+.vega-embed{grid-column:1/-1}"
-    # the first chart takes a row, the others half of one; so does the last, where it has no neighbour
     ".mf-card .sectionItems>.vega-embed:nth-child(even of .vega-embed):not(:has(+.vega-embed)){grid-column:1/-1}"
     ".embed .mf-card main{min-width:min(100%,100rem)}"
     ".pt h1{font-size:1.7rem;margin:0}.pt h2{font-size:1.15rem;margin:.75rem 0 .5rem}"
