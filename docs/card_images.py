@@ -89,7 +89,8 @@ def main() -> None:
 def page() -> str:
     """docs/cards.md, with the pictures that there are."""
     parts = [
-        "# The cards\n\nOf finished runs of the built-in tasks. `make card-images` takes all of these pictures anew."
+        "# The cards\n\nOf finished runs of the built-in tasks. `make card-images` takes all of these pictures anew. "
+        "Metaflow draws cards on white, in a dark window too."
     ]
     for name, says in [*SAYS.items(), ("narrow", "All of them on a telephone")]:
         picture = "cards_narrow.png" if name == "narrow" else f"card_{name}.png"
