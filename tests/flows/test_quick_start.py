@@ -53,7 +53,7 @@ def test_every_line_of_the_quick_start_works_as_it_is_written(tmp_path):
             line = line.replace("RUN_ID", run.name)
         line = line.replace("optim.num_steps=100", "optim.num_steps=4")
         done = subprocess.run(
-            line, shell=True, cwd=folder, env=kept, input="sort 31\n", capture_output=True, text=True, timeout=400
+            line, shell=True, cwd=folder, env=kept, input="sort 31\n", capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         assert not re.search(r"Traceback|Warning", done.stdout + done.stderr), f"{line}\n{done.stdout}{done.stderr}"
