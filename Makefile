@@ -48,7 +48,8 @@ $(VENV)-%/.ready: $(READY)
 test-verl: PACKAGES = "tensordict>=0.10,<0.16" omegaconf
 test-verl: BARE = "verl==0.9.1"
 test-verl: $(VENV)-verl/.ready  ## the GRPO flow on verl's worker groups, beside the default backend
-	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-verl/bin/python -m pytest tests/unit/compute/test_verl_workers.py tests/steps/test_grpo_on_verl.py
+	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-verl/bin/python -m pytest tests/unit/compute/test_verl_workers.py tests/steps/test_grpo_on_verl.py \
+	  tests/test_docs_code.py::test_the_keys_of_verl_are_its_own
 
 test-trackers: PACKAGES = "mlflow>=3,<4" "wandb>=0.19,<1"
 test-trackers: $(VENV)-trackers/.ready  ## what MLflow and W&B themselves read back

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 WIDE, NARROW = 1080, 400
 """Pixels of a card's frame: in the Metaflow UI on a laptop, and on a telephone."""
-LONGEST = 2400
-"""Pixels of a picture's height; what is below is more of the same."""
+LONGEST, OF_NARROW = 2400, 1900
+"""Pixels of a picture's height, and of the one of narrow frames; what is below is more of the same."""
 MOST_BYTES = 200_000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
 DRAWN_MS = 8000
@@ -89,7 +89,8 @@ def main() -> None:
 def page() -> str:
     """docs/cards.md, with the pictures that there are."""
     parts = [
-        "# The cards\n\nOf finished runs of the built-in tasks. `make card-images` takes all of these pictures anew."
+        "# The cards\n\nOf finished runs of the built-in tasks. `make card-images` takes all of these pictures anew. "
+        "Metaflow draws cards on white, in a dark window too."
     ]
     for name, says in [*SAYS.items(), ("narrow", "All of them on a telephone")]:
         picture = "cards_narrow.png" if name == "narrow" else f"card_{name}.png"
@@ -160,12 +161,12 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 def _shoot(browser: str, pages: Path, address: str, picture: str, names: list[str], width: int) -> None:
     """One picture of frames beside each other. Looked at twice, as a window must be as high as what it shows."""
-    height = min(LONGEST, max(_look(browser, pages, address, names, width, LONGEST)))
+    height = min(LONGEST if width == WIDE else OF_NARROW, max(_look(browser, pages, address, names, width, LONGEST)))
     shot = pages / "shot.png"
     _look(browser, pages, address, names, width, height, f"--screenshot={shot}")
     from PIL import Image  # comes with TensorBoard
 
-    image = Image.open(shot).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    image = Image.open(shot).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     held = io.BytesIO()
     image.save(held, "PNG", optimize=True)
     if held.tell() > MOST_BYTES:

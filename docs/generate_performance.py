@@ -101,7 +101,7 @@ def results(name: str) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown lines."""
-    lines = ["| workload | ours | baseline | ratio | unit | hardware |", "|---|---|---|---|---|---|"]
+    lines = ["| workload | ours | baseline | ratio | unit | hardware |", "|---|---:|---:|---:|---|---|"]
     for row in rows:
         cells = [row["workload"], row["ours"], row["baseline"], row["ratio"], row["unit"], row["hardware"]]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")

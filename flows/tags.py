@@ -17,7 +17,8 @@ def tag_run(labels: dict[str, str]) -> None:
         assert run is not None, "a step is running"
         new = {f"{name}:{value}" for name, value in labels.items()}
         old = {tag for tag in run.user_tags if tag.partition(":")[0] in labels}
-        run.replace_tags(sorted(old - new), sorted(new - old))
+        if old != new:  # Metaflow refuses a call that changes nothing
+            run.replace_tags(sorted(old - new), sorted(new - old))
     except MetaflowException as error:
         print(f"WARNING: this run has no tags: {error}", flush=True)
 

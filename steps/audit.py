@@ -88,7 +88,11 @@ def _ledgers(root: str) -> dict[str, Rows]:
     try:
         files = list_files(storage.join(root, "ledger"), suffixes=(".jsonl",))
     except DataError as error:  # nothing there, or a place that cannot be listed
-        raise CheckpointError(f"{root} is not the root of a run that has trained: {error}") from None
+        fault = str(error).partition(". Fix: ")[0]  # that one speaks of files of rows
+        raise CheckpointError(
+            f"{root} is not the root of a run that has trained: {fault}. Fix: name the folder of a run, as "
+            "runs/GRPOFlow/RUN_ID"
+        ) from None
     return {file.uri.rsplit("/", 1)[1].removesuffix(".jsonl"): read_ledger(file.uri) for file in files}
 
 

@@ -32,7 +32,9 @@ def lineage(uri: str) -> list[dict[str, Any]]:
     """
     path = storage.join(uri, LINEAGE)
     if not storage.exists(path):
-        raise CheckpointError(f"{uri} has no {LINEAGE}: no run of posttrain exported it")
+        raise CheckpointError(
+            f"{path} does not exist: no run of posttrain exported that folder. Fix: name the export/ of a run"
+        )
     return [_led_back(run) for run in json.loads(storage.read_bytes(path))]
 
 

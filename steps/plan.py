@@ -44,7 +44,8 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
     """
     problems: list[str] = []
     for check in (
-        _check_plugins,
+        _check_packages,
+        unresolved_plugins,
         _check_sources,
         _check_models,
         _check_split,
@@ -74,7 +75,17 @@ def plan(config: RunConfig, *, flow: str, run_id: str) -> dict[str, Any]:
     }
 
 
-def _check_plugins(config: RunConfig) -> list[str]:
+def _check_packages(config: RunConfig) -> list[str]:
+    problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
+    if config.parallel.orchestrator == "verl" and not verl_is_installed():
+        problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
+    if config.rollout.generator == "vllm" and not vllm_is_installed():
+        problems.append("rollout.generator: vllm is not installed. Fix: pip install 'posttrain[vllm]', on Linux")
+    return problems
+
+
+def unresolved_plugins(config: RunConfig) -> list[str]:
+    """A line for every name of a user's own code that leads to nothing that can be called."""
     scored_by, rollout = config.reward.function if config.reward else None, config.rollout
     plugins = [("reward.function", path) for path in ([scored_by] if isinstance(scored_by, str) else scored_by or ())]
     fresh = config.model.fresh
@@ -88,11 +99,7 @@ def _check_plugins(config: RunConfig) -> list[str]:
     with suppress(ConfigError):  # that there is no such environment is told below
         rule = constraint_of(rollout.environment)
     plugins += [(key, path) for key, path in {**named, KEY: rule}.items() if path]
-    problems = missing_packages(config.tracking.model_dump()) + lm_eval_problems(config.eval.lm_eval)
-    if config.parallel.orchestrator == "verl" and not verl_is_installed():
-        problems.append(f"parallel.orchestrator: verl is not installed. Fix: {INSTALL}")
-    if config.rollout.generator == "vllm" and not vllm_is_installed():
-        problems.append("rollout.generator: vllm is not installed. Fix: pip install 'posttrain[vllm]', on Linux")
+    problems = []
     for key, path in plugins:
         try:
             found = resolve(path, key=key)

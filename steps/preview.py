@@ -8,9 +8,11 @@ from posttrain.config import RunConfig
 from posttrain.data.prompts import tokenize_prompts
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Row
+from posttrain.errors import ConfigError
 from posttrain.model.backend import backend_of
 from steps.data_report import first_window_report, prompt_report, source_report
 from steps.origin import locate
+from steps.plan import unresolved_plugins
 from steps.prepare import TEXT_FILES, model_folder, row_sets, vocabulary_texts, write_data, write_tokenizer
 from steps.recipes import prompt_sets
 from steps.streams import PROVED_ROWS, make_encoder, pack_stream, record_units, reserved_hashes, stored_sources
@@ -20,8 +22,11 @@ def preview(config: RunConfig) -> dict[str, Any]:
     """The data report of the first window, as the tokenize steps would write it for tokenising online.
 
     Raises:
+        ConfigError: the name of a reward or of other code of the user's leads nowhere.
         DataError: a source cannot be read, or a row of the first window is refused.
     """
+    if problems := unresolved_plugins(config):
+        raise ConfigError("\n".join(problems))
     with tempfile.TemporaryDirectory(prefix="posttrain-") as name:
         root = Path(name)
         (root / "data").mkdir()

@@ -65,14 +65,15 @@ def promote(
 
 
 def _not_enough(found: Comparison) -> str:
-    return (
-        f"the gain of {found.gain:+.4g} is above {found.low:.4g} with {found.confidence:.0%} confidence; "
-        f"it must be above {found.margin:g}"
-    )
+    return f"{_sure(found)}; it must be above {found.margin:g}"
+
+
+def _sure(found: Comparison) -> str:
+    return f"the gain of {found.gain:+.4g} is above {found.low:.4g} with {found.confidence:.0%} confidence"
 
 
 def _why(done: dict[str, Any], found: Comparison, parent: int | None) -> str:
     if done["outcome"] == "stale":
         was = "there was no champion" if parent is None else f"version {parent} was champion"
         return f"{was} when this run began, and version {done['champion']} is now; nothing was changed"
-    return f"the gain of {found.gain:+.4g} is above {found.low:.4g} with {found.confidence:.0%} confidence"
+    return f"{_sure(found)}, and so above the margin, {found.margin:g}"

@@ -8,12 +8,13 @@ from posttrain.workflow.measures import label_of, measured
 
 def report(*, evaluation: dict[str, dict[str, Any]], before: str, after: str, export_uri: str) -> dict[str, Any]:
     """Print the comparison and return it as rows of measure, before, after, change."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     old, new = evaluation[before], evaluation[after]
     title = f"Held-out rows: {new['rows']}" + (f", k = {new['samples']}" if "samples" in new else "")
-    table = Table(title=title)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", before, after, "change"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = []
@@ -24,7 +25,7 @@ def report(*, evaluation: dict[str, dict[str, Any]], before: str, after: str, ex
     console = Console(width=100)
     console.print(table)
     for more in evaluation_tables(evaluation):
-        shown = Table(title=more.title)
+        shown = Table(title=more.title, title_justify="left", box=SIMPLE_HEAD)
         for number, heading in enumerate(more.headings):
             shown.add_column(heading, justify="right" if number else "left")
         for row in more.rows:

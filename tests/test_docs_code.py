@@ -200,3 +200,19 @@ def test_the_keys_of_trl_are_its_own():
         ):
             unknown = {keyword.arg for keyword in call.keywords} - set(known[call.func.id].__dataclass_fields__)
             assert not unknown, f"{call.func.id} has no {unknown}"
+
+
+def test_the_keys_of_verl_are_its_own():
+    """In the lane of `make test-verl`, which has verl; nothing of it is imported."""
+    verl = importlib.util.find_spec("verl")
+    if verl is None or verl.origin is None:
+        pytest.skip("verl is not installed: make test-verl")
+    path = Path(verl.origin).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml"
+    known = yaml.safe_load(path.read_text())
+    theirs = {key for b in blocks(ROOT / "docs" / "from_verl.md") if b.title == "theirs" for key in keys_of_theirs(b)}
+    assert theirs and not {key for key in theirs if not in_tree(known, key.split("."))}
+
+
+def in_tree(tree: object, parts: list[str]) -> bool:
+    """Whether a nested mapping has the key."""
+    return not parts or (isinstance(tree, dict) and parts[0] in tree and in_tree(tree[parts[0]], parts[1:]))

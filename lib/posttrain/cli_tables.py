@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.table import Table
 
 def print_audit(proved: dict[str, Any]) -> None:
     """What `posttrain audit` proved, a line for each stage."""
-    table = Table(*("stage", "steps", "draws trained", "dropped", "checkpoint", "replayed"))
+    table = Table(*("stage", "steps", "draws trained", "dropped", "checkpoint", "replayed"), box=SIMPLE_HEAD)
     for stage, facts in proved["stages"].items():
         dropped = "\n".join(f"{count:,} {reason}" for reason, count in facts["dropped"].items())
         newest = "-" if facts["checkpoint"] is None else f"step {facts['checkpoint']:,}"
@@ -33,8 +34,9 @@ def print_verified(found: dict[str, Any], names: list[str]) -> None:
     console = Console(highlight=False)
     console.print(line, markup=False, soft_wrap=True)
     for name in names:
-        table = Table(title=f"agrees with {name}", title_justify="left")
-        table.add_column("worst of all seeds")
+        console.print(f"\n[bold]Agrees with {name}[/bold]  The largest differences of all seeds, and what is allowed.")
+        table = Table(box=SIMPLE_HEAD)
+        table.add_column("measure")
         table.add_column("value", justify="right")
         for key, value in found[name].items():
             table.add_row(key, f"{value:.4f}" if key == "top1_agreement" else f"{value:.1e}")

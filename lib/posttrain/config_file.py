@@ -22,10 +22,27 @@ STAND_IN: dict[Any, dict[str, str]] = {
 RECIPES = tuple(get_args(option.model_fields["name"].annotation)[0] for option in get_args(get_args(Method)[0]))
 """Values of method.name, which pydantic puts into the path of a problem."""
 
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_steps": "num_steps",
+    "total_training_steps": "num_steps",
+    "gradient_checkpointing": "activation_checkpointing",
+    "num_generations": "group_size",
+    "max_completion_length": "max_new_tokens",
+    "max_response_length": "max_new_tokens",
+    "max_prompt_length": "max_prompt_tokens",
+    "max_length": "pack_tokens",
+    "sequence_len": "pack_tokens",
+}
+"""What other frameworks call a key, for a hint where no name of ours is near."""
+
+UNNAMED = "config"
+"""What a text is called that came from no file."""
+
 TypedConfig = TypeVar("TypedConfig", bound=RunConfig)
 
 
-def load_config(text: str, schema: type[TypedConfig] = RunConfig) -> TypedConfig:
+def load_config(text: str, schema: type[TypedConfig] = RunConfig, *, where: str = UNNAMED) -> TypedConfig:
     """Parse and validate a YAML run config.
 
     A document may name another file as its `base`, and may override single keys with
@@ -34,16 +51,22 @@ def load_config(text: str, schema: type[TypedConfig] = RunConfig) -> TypedConfig
 
     Args:
         schema: of a flow that has sections of its own.
+        where: the file that the text is from.
 
     Raises:
-        ConfigError: every problem at once, one per line, with its path, the value given
-            and, for an unknown key, the nearest known one.
+        ConfigError: every problem at once, one per line, with its path, the value given, the file
+            that says so and, for an unknown key, the nearest known one.
     """
-    document = _document(text, where="config", seen=())
+    places: dict[tuple[str, ...], str] = {}
+    document = _document(text, where=where, seen=(), places=places)
     try:
         return schema.model_validate(document)
     except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _explain(problem, schema).splitlines()]
+        problems = [
+            line + _place(_key(problem), places)
+            for problem in error.errors()
+            for line in _explain(problem, schema).splitlines()
+        ]
         if not any(problem["type"].startswith("union_tag") for problem in error.errors()):
             # what fits together depends on the recipe
             problems += _combinations(document, [_key(problem) for problem in error.errors()], schema)
@@ -56,10 +79,11 @@ def sections(text: str) -> set[str]:
     Raises:
         ConfigError: it is no YAML mapping, or a base does not exist.
     """
-    return set(_document(text, where="config", seen=()))
+    return set(_document(text, where=UNNAMED, seen=(), places={}))
 
 
-def _document(text: str, *, where: str, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _document(text: str, *, where: str, seen: tuple[Path, ...], places: dict[tuple[str, ...], str]) -> dict[str, Any]:
+    """The mapping that a text is, on top of its base; which file gave each key is noted in `places`."""
     try:
         document = yaml_value(text)
     except ValueError as error:
@@ -74,10 +98,33 @@ def _document(text: str, *, where: str, seen: tuple[Path, ...]) -> dict[str, Any
             raise ConfigError(f"{where}: base {base} includes itself")
         if not there:
             raise ConfigError(f"{where}: base {base} does not exist (looked for {path})")
-        merged = _document(path.read_text(), where=str(base), seen=(*seen, path))
+        merged = _document(path.read_text(), where=str(base), seen=(*seen, path), places=places)
     for key, value in document.items():
         _put(merged, str(key), value, where)
+        places |= dict.fromkeys(_leaves((), {str(key): value}), where)
     return merged
+
+
+def _leaves(above: tuple[str, ...], value: Any) -> list[tuple[str, ...]]:
+    """Paths of the values that are no section."""
+    if not isinstance(value, dict) or not value:
+        return [above]
+    return [leaf for key, inner in value.items() for leaf in _leaves((*above, *_parts(str(key))), inner)]
+
+
+def _place(loc: tuple[int | str, ...], places: dict[tuple[str, ...], str]) -> str:
+    """The file that set a key, or what is in it, as words at the end of a line."""
+    path = tuple(map(str, loc))
+    for leaf, where in places.items():
+        if path and leaf[: len(path)] == path[: len(leaf)]:
+            return "" if where == UNNAMED else f" (in {_from_here(where)})"
+    return ""
+
+
+def _from_here(where: str) -> str:
+    """A file as a person names it who stands in the working directory."""
+    path = Path(where)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else where
 
 
 def _put(target: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -142,7 +189,8 @@ def _explain(problem: Any, schema: type[RunConfig]) -> str:
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in _key(problem)).lstrip(".")
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1], schema)
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        name = str(problem["loc"][-1])
+        near = [n for n in [ELSEWHERE.get(name)] if n in known] or difflib.get_close_matches(name, known, 1, 0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
     if problem["type"] == "union_tag_not_found":

@@ -19,7 +19,7 @@ def yaml_value(text: str) -> Any:
         value = yaml.safe_load(text)
         json.dumps(value, default=str, skipkeys=True)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error).replace('in "<unicode string>", ', "at ")) from None
     return value
 
 

@@ -76,11 +76,20 @@ def test_the_notebook_reads_a_finished_run(finished: Path, run, monkeypatch):
     assert "Reward" in titles
 
 
+def test_the_lines_of_the_readme_read_a_finished_run(finished: Path, run, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    text = (ROOT / "README.md").read_text()
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "latest_successful_run" in each]
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert run.data.exported["uri"] in printed and str(run.data.evaluation["after"]["sampled_reward"]) in printed
+
+
 def test_the_flow_ends_with_a_table_and_the_export_path(finished: Path):
     log = (finished / "log").read_text()
     assert "grpo 6/6" in log and "ETA 0:00" in log
     assert "before" in log and "after" in log and "exported model: " in log
-    assert "Traceback" not in log and "Warning" not in log
+    assert "Traceback" not in log and "warning" not in log.lower()
 
 
 def test_every_step_ran_and_left_plain_small_artifacts(run):

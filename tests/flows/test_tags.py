@@ -26,6 +26,7 @@ class TaggedFlow(FlowSpec):
     @step
     def end(self):
         tag_run({"recipe": "sft", "role": "champion-2"})
+        tag_run({"recipe": "sft", "role": "champion-2"})
 
 TaggedFlow()
 """
@@ -59,7 +60,7 @@ def python(code, home, *words):
 
 def test_a_run_is_found_by_its_newest_tags_and_keeps_those_of_its_user(home):
     flow = TAGGED.replace("sys.argv[1]", repr(str(ROOT / "flows")))
-    python(flow, home, "run", "--tag", "mine")
+    assert "WARNING" not in python(flow, home, "run", "--tag", "mine"), "the same tags again are no fault"
     run, found, tags = json.loads(python(FOUND, home))
     assert found == {"recipe:sft": [run], "role:candidate": [], "role:champion-2": [run], "mine": [run]}
     assert tags == ["mine", "recipe:sft", "role:champion-2"]

@@ -78,5 +78,5 @@ def test_the_fingerprint_is_of_rows_and_not_of_where_they_lie(tmp_path: Path):
 
 
 def test_a_folder_that_no_run_exported_is_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"has no lineage\.json: no run of posttrain exported it"):
+    with pytest.raises(CheckpointError, match=r"lineage\.json does not exist: no run of posttrain exported"):
         lineage(str(tmp_path))

@@ -1,5 +1,7 @@
 """A run config is right, or refused in one message that names every problem, its path and its fix."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +307,31 @@ def test_a_base_may_have_a_base(tmp_path, monkeypatch):
     Path("middle.yaml").write_text(f"base: {TINY}\nseed: 5\noptim.lr: 0.25\n")
     config = load_config("base: middle.yaml\nseed: 6\n")
     assert (config.seed, config.optim.lr) == (6, 0.25)
+
+
+def test_a_problem_names_the_file_that_it_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    below = tmp_path / "below"
+    below.mkdir()
+    Path("mine.yaml").write_text(f"base: {TINY}\noptim: {{lrr: 1}}\ndata.pack_tokens: many\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(json.dumps({"base": "mine.yaml", "seed": "x"}))
+    assert set(str(refused.value).splitlines()) == {
+        'seed: input should be a valid integer, unable to parse string as an integer (got "x")',
+        'optim.lrr: unknown key; did you mean "lr"? (in mine.yaml)',
+        'data.pack_tokens: input should be a valid integer, unable to parse string as an integer (got "many") '
+        "(in mine.yaml)",
+    }
+    monkeypatch.chdir(below)
+    with pytest.raises(ConfigError, match=re.escape(f"(in {tmp_path / 'mine.yaml'})")):
+        load_config((tmp_path / "mine.yaml").read_text(), where=str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"), [("optim.learning_rate", "lr"), ("rollout.max_completion_length", "max_new_tokens")]
+)
+def test_a_key_of_another_framework_is_answered_with_ours(key, ours):
+    assert refusal({key: 1}) == [f'{key}: unknown key; did you mean "{ours}"?']
 
 
 def test_bases_in_a_circle_are_refused(tmp_path):

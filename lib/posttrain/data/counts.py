@@ -34,8 +34,9 @@ class Counts:
         self.rows += 1
         if isinstance(found, RowError):
             self.dropped[found.reason] += 1
-            if len(self.examples) < EXAMPLES and found.reason not in CHOSEN_DROPS:
-                self.examples.append(f"{found.detail[:600]} ({found.reason})")
+            line = f"{found.detail[:600]} ({found.reason})"
+            if len(self.examples) < EXAMPLES and found.reason not in CHOSEN_DROPS and line not in self.examples:
+                self.examples.append(line)  # once: a small source is drawn again and again
             return
         for unit in found:
             self.units += 1
@@ -56,7 +57,7 @@ class Counts:
             for name in ("rows", "units", "tokens", "loss_tokens", "unknown_tokens"):
                 setattr(found, name, getattr(found, name) + part[name])
             found.dropped.update(part["dropped"])
-            found.examples += part["examples"]
+            found.examples += [line for line in part["examples"] if line not in found.examples]
         del found.examples[EXAMPLES:]
         return found
 

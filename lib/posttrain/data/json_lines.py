@@ -104,7 +104,9 @@ def _parse(line: bytes) -> dict[str, Any] | RowError:
         return RowError("not_utf8", f"byte {error.start} of the line is not UTF-8 ({found}); save the file as UTF-8")
     except (ValueError, RecursionError) as error:  # not JSON, or a number of too many digits
         shown = line[:80].decode("utf-8", "replace")
-        return RowError("not_json", f"not a JSON record: {error}; the line begins {shown!r}")
+        return RowError(
+            "not_json", f"not a JSON record: {error}; the line begins {shown!r}. Fix: one whole object a line"
+        )
     if not isinstance(record, dict):
         return RowError("not_a_record", f"expected a JSON object, got {type(record).__name__}")
     return record

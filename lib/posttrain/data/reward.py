@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence, Sized
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -106,7 +109,14 @@ def _called(path: str, where: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:
-        raise RewardError(f"{path} raised {type(error).__name__}: {error}, on {where}") from None
+        raise RewardError(f"{path} raised {type(error).__name__}: {error}{_line(path, error)}, on {where}") from None
+
+
+def _line(path: str, error: Exception) -> str:
+    """Where in the function's own file it was raised, or what raised was called."""
+    file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)
+    found = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if file and frame.filename == file]
+    return f" in {os.path.basename(str(file))}, line {found[-1]}" if found else ""
 
 
 def _question(row: Row) -> str:

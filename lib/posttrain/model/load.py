@@ -47,13 +47,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = storage.join(str(folder), "config.json")
     if not storage.exists(path):
-        raise ModelError(f"{path} does not exist; model.path must be a Hugging Face model folder")
+        raise ModelError(f"{path} does not exist. Fix: name a Hugging Face model folder, as a run's export/ is one")
     try:
         config = json.loads(storage.read_bytes(path))
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path} is no JSON object; model.path must be a Hugging Face model folder")
+        raise ModelError(f"{path} is no JSON object. Fix: name a Hugging Face model folder")
     if "auto_map" in config:
         raise ModelError(
             f"{path} asks to run code from the folder (auto_map), which is never done here, whatever the revision. "

@@ -57,19 +57,19 @@ GRPO = View(
     boxes={
         "eval/reward": "Held-out reward",
         "reward/mean": "Training reward",
-        "policy/kl": "KL to the start",
-        "policy/entropy": "Entropy",
-        "rollout/tokens_mean": "Mean tokens",
-        "reward/groups_without_signal": "No-signal groups",
+        "policy/kl": "KL to the start, nats",
+        "policy/entropy": "Entropy, nats",
+        "rollout/tokens_mean": "Tokens a completion",
+        "reward/groups_without_signal": "Share without signal",
     },
     charts=(
         Chart(
             "Reward",
             "mean reward",
             (
-                Line("reward/mean", "training rollouts", PALE),
-                Line("reward/mean", "training, mean of 10 steps", mean_of=10),
-                Line("eval/reward", "held-out rows", ORANGE, dots=True),
+                Line("reward/mean", "training", PALE),
+                Line("reward/mean", "mean of 10 steps", mean_of=10),
+                Line("eval/reward", "held-out", ORANGE, dots=True),
             ),
             scale="share",
             height=330,
@@ -112,7 +112,7 @@ GRPO = View(
 SFT = View(
     boxes={
         "loss": "Loss, nats per token",
-        "entropy": "Entropy",
+        "entropy": "Entropy, nats",
         "grad_norm": "Gradient norm",
         "lr": "Learning rate",
         "perf/tokens_per_s": "Tokens per second",

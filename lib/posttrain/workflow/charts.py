@@ -141,25 +141,21 @@ def bar_chart(title: str, unit: str, bars: dict[str, dict[str, float]]) -> dict[
 def interval_chart(title: str, unit: str, gain: float, interval: tuple[float, float], margin: float) -> dict[str, Any]:
     """A gain as a dot on its interval, and the margin that it must be above as a line."""
     low, high = interval
-    axis = {"type": "quantitative", "title": unit, "scale": {"zero": False, "nice": True}}
+    axis = {"type": "quantitative", "title": unit, "scale": {"zero": False, "nice": True}, "axis": {"tickCount": 7}}
+
+    def layer(mark: dict[str, Any], values: dict[str, float], **more: Any) -> dict[str, Any]:
+        x = {"field": next(iter(values)), **axis}
+        data = {"values": [{name: _short(value) for name, value in values.items()}]}
+        return {"data": data, "mark": mark, "encoding": {"x": x, **more}}
+
+    side = {"align": "left", "dx": 5} if margin <= gain else {"align": "right", "dx": -5}  # away from the interval
     layers = [
-        {
-            "data": {"values": [{"low": _short(low), "high": _short(high)}]},
-            "mark": {"type": "rule", "strokeWidth": 4, "color": PALE},
-            "encoding": {"x": {"field": "low", **axis}, "x2": {"field": "high"}},
-        },
-        {
-            "data": {"values": [{"gain": _short(gain)}]},
-            "mark": {"type": "point", "filled": True, "size": 120, "color": BLUE},
-            "encoding": {"x": {"field": "gain", **axis}, "tooltip": [{"field": "gain", "type": "quantitative"}]},
-        },
-        {
-            "data": {"values": [{"margin": _short(margin)}]},
-            "mark": {"type": "rule", "strokeDash": [5, 4], "color": RED},
-            "encoding": {"x": {"field": "margin", **axis}, "tooltip": [{"field": "margin", "type": "quantitative"}]},
-        },
+        layer({"type": "rule", "strokeWidth": 4, "color": PALE}, {"low": low, "high": high}, x2={"field": "high"}),
+        layer({"type": "point", "filled": True, "size": 120, "color": BLUE}, {"gain": gain}),
+        layer({"type": "rule", "strokeDash": [5, 4], "color": RED}, {"margin": margin}),
+        layer({"type": "text", "y": 6, "color": RED, **side}, {"margin": margin}, text={"value": f"margin {margin:g}"}),
     ]
-    return _spec(title, {"height": 110, "layer": layers})
+    return _spec(title, {"height": 130, "layer": layers})
 
 
 def source_colour(number: int) -> str:

@@ -7,6 +7,7 @@ yet is escaped when it is put in: text of models and users is never markup.
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ SHOWN = 400
 """Characters of a text, where a page does not say otherwise."""
 THIN = 1 / 400
 """Share of a pack, some two pixels; thinner documents beside each other are drawn as one."""
+NUMBER = re.compile(r"(⚠ )?[+-]?[\d.,]+( ?%| [kMGT]?B)?")
+"""Text that is set as a number: a share, a size."""
 Segment = tuple[int, int, int]
 """Source, tokens, and how many of them are trained."""
 
@@ -29,6 +32,7 @@ STYLE = (
     ".mf-card .sectionItems>*{grid-column:1/-1;min-width:0}"
     ".mf-card .sectionItems>.vega-embed{grid-column:auto}"
     ".mf-card .sectionItems>.pt+.vega-embed{grid-column:1/-1}"
+    ".mf-card.embed main{min-width:min(100%,100rem)}"
     ".pt h1{font-size:1.7rem;margin:0}.pt h2{font-size:1.15rem;margin:.75rem 0 .5rem}"
     ".pt .note{color:#5b6470;margin:0}"
     ".pt .track{background:#e6ebf2;border-radius:4px;height:8px;margin:.5rem 0 1rem}"
@@ -48,6 +52,7 @@ STYLE = (
     ".pt .said{font-family:var(--mono-font);font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere;"
     "unicode-bidi:isolate}"
     ".pt .faint{color:#7d8896}"
+    ".pt .tokens+.tokens{margin-top:.5rem}.pt .note+:is(.boxes,.scroll){margin-top:.6rem}"
     ".pt .tokens{line-height:2.1}.pt .tokens .said{border-radius:3px;padding:.15rem .2rem;margin-right:2px}"
     ".pt .trained{background:#2f6fde;color:#fff;font-weight:700}.pt .trained .faint{color:#cfe0ff}"
     ".pt .masked{background:#f0f2f5;color:#5b6470}"
@@ -58,6 +63,7 @@ STYLE = (
     ".pt .packs .gap{stroke:#fff;vector-effect:non-scaling-stroke}.pt .untrained{opacity:.35}"
     ".pt .packs .note{font-variant-numeric:tabular-nums}"
     ".pt .key{display:inline-block;width:.85rem;height:.85rem;border-radius:2px;margin:0 .35rem 0 1rem}"
+    "@media(max-width:30rem){.pt td,.pt th{padding:.3rem .35rem;font-size:.85rem}.pt .rich{min-width:7rem}}"
 )
 
 
@@ -107,7 +113,7 @@ def boxes(found: Iterable[tuple[str, str, str]]) -> Html:
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
     """Text is set left; numbers are formatted and set right, as are the headings of columns full of them."""
     rows = [list(row) for row in rows]
-    numeric = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(headings))]
+    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(headings))]
     head = "".join(f"<th{_right(right)}>{escaped(h)}</th>" for h, right in zip(headings, numeric, strict=True))
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
@@ -278,9 +284,13 @@ def _strip(found: Sequence[Segment], thin: float, colours: Sequence[str]) -> str
     return ground + "".join(drawn) + (f'<path class="gap" d="{gaps}"/>' if gaps else "")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and NUMBER.fullmatch(value) is not None)
+
+
 def _cell(value: object) -> str:
-    if isinstance(value, int | float):
-        return f"<td{_right(True)}>{number(value)}</td>"
+    if _is_number(value):
+        return f"<td{_right(True)}>{number(value) if isinstance(value, int | float) else escaped(value)}</td>"
     kind = "rich" if isinstance(value, Html) else "plain"
     return f'<td class="{kind}">{escaped(value)}</td>'
 

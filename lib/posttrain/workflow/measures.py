@@ -52,7 +52,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def label_of(name: str) -> str:
     """What people call a measure."""
-    return LABELS.get(name) or f"solved by one of {name.removeprefix(PASS)} samples"
+    samples = name.removeprefix(PASS)
+    return LABELS.get(name) or ("solved by 1 sample" if samples == "1" else f"solved by one of {samples} samples")
 
 
 def pass_names(samples: int) -> list[str]:

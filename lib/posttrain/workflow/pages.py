@@ -116,7 +116,8 @@ def promotion_page(
         "kept": "Not promoted" if parent is None else f"Version {parent} stays champion",
         "stale": "Too late to be promoted",
     }[promotion["outcome"]]
-    facts = [promotion["run"], f"{promotion['files']:,} new files", f"{found['rows']:,} held-out rows", f"from {was}"]
+    new = f"{promotion['files']:,} new file{'s' * (promotion['files'] != 1)}"
+    facts = [promotion["run"], new, f"{found['rows']:,} held-out rows", f"from {was}"]
     sure = f"{found['confidence']:.0%}"
     boxes = [
         ("Gain of the mean", f"{found['gain']:+.4g}", f"of {LABELS[promotion['measure']]}"),
@@ -129,7 +130,13 @@ def promotion_page(
     return [
         markup.page(title, facts),
         markup.block(markup.heading("Decision", promotion["why"]), markup.boxes(boxes)),
-        charts.interval_chart("Gain, row by row", "gain", found["gain"], interval, found["margin"]),
+        charts.interval_chart(
+            f"Mean gain, and where it lies for {sure} sure",
+            f"gain of {LABELS[promotion['measure']]}",
+            found["gain"],
+            interval,
+            found["margin"],
+        ),
         markup.block(markup.heading("Both models"), markup.table(["", was, "challenger", "change"], rows)),
     ]
 
@@ -225,7 +232,7 @@ def measure_names(samples: int) -> dict[str, str]:
 
 
 def verdict(evaluation: dict[str, dict[str, Any]]) -> markup.Html:
-    """The last model's numbers, with the first model's below them."""
+    """The last model's numbers, with the first model's below them; pass@k are in the chart alone."""
     (before, was), (_, now) = next(iter(evaluation.items())), list(evaluation.items())[-1]
     labels = {name: label_of(name) for name in measured(evaluation)}
     titles = {name: label[0].upper() + label[1:] for name, label in labels.items()}
@@ -234,6 +241,8 @@ def verdict(evaluation: dict[str, dict[str, Any]]) -> markup.Html:
     titles["mean_tokens"] = "Tokens a completion"
     found = []
     for name in measured(evaluation):
+        if name.startswith(PASS):
+            continue
         change = f"{before} {markup.number(was[name])}, change {now[name] - was[name]:+.3f}"
         found.append((titles[name], markup.number(now[name]), change if len(evaluation) > 1 else ""))
     return markup.block(markup.boxes(found))

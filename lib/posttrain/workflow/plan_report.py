@@ -2,10 +2,15 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from posttrain.workflow import markup
+
 GIB = 2**30
+LEAST = 0.005
+"""GiB that are still shown as a number."""
 
 
 def print_plan(plan: dict[str, Any]) -> None:
@@ -19,43 +24,61 @@ def print_plan(plan: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    console.print(_memory(plan))
-    console.print(_times(plan))
+    moment = plan["memory"]["moment"]
+    _print(console, "Memory", f"Of a GPU at its fullest: {moment}.", _memory(plan))
+    mfu = f"At an MFU of {plan['mfu']:g}, the share of the GPU's peak that is used; --mfu takes your own."
+    _print(console, "Time", mfu, _times(plan))
     cost = "" if plan["cost"] is None else f", cost {plan['cost']:,.2f}"
-    disk = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in plan["disk"].items())
-    console.print(f"{plan['hours']:,.2f} hours{cost}. Disk, GiB: {disk}. Host: {plan['host_bytes'] / GIB:,.1f} GiB")
-    console.print("assumed: " + "; ".join(plan["assumptions"]), markup=False, soft_wrap=True)
+    disk = ", ".join(f"{name} {_gib(size)}" for name, size in plan["disk"].items())
+    for line in (
+        f"In all: {markup.duration(plan['hours'] * 3600)}{cost}",
+        f"Disk: {disk} GiB",
+        f"Host memory: {_gib(plan['host_bytes'])} GiB",
+        "Assumed: " + "; ".join(plan["assumptions"]),
+    ):
+        console.print(line, markup=False, soft_wrap=True)
     if plan["fits"]:
         return
-    table = Table("change", "GiB", "fits", title="does not fit; the least harmful change first", title_justify="left")
+    table = Table("change", box=SIMPLE_HEAD)
+    table.add_column("GiB", justify="right")
+    table.add_column("fits")
     for each in plan["changes"]:
-        table.add_row(each["change"], f"{each['total'] / GIB:,.1f}", "yes" if each["fits"] else "no")
+        table.add_row(each["change"], _gib(each["total"]), "yes" if each["fits"] else "no")
+    _print(console, "It does not fit", "What would help, the least harmful change first.", table)
+
+
+def _print(console: Console, title: str, note: str, table: Table) -> None:
+    console.print(f"\n[bold]{title}[/bold]  {note}")
     console.print(table)
 
 
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f}" if size / GIB >= LEAST else "< 0.01"
+
+
 def _memory(plan: dict[str, Any]) -> Table:
-    sizes = dict(plan["memory"])
-    moment, error, total = sizes.pop("moment"), sizes.pop("error"), sizes.pop("total")
-    table = Table(title=f"memory of a GPU at its fullest, {moment}", title_justify="left")
-    table.add_column("part")
+    sizes = {name: size for name, size in plan["memory"].items() if name not in ("moment", "error", "total")}
+    table = Table("part", box=SIMPLE_HEAD)
     table.add_column("GiB", justify="right")
     for name, size in sizes.items():
         if size:
-            table.add_row(name, f"{size / GIB:,.2f}")
+            table.add_row(name, _gib(size))
     table.add_section()
-    table.add_row(f"total, within {error:.0%}", f"{total / GIB:,.2f}")
-    table.add_row(f"of a {plan['gpu']}", f"{plan['usable_bytes'] / GIB:,.2f}")
+    table.add_row(f"total, within {plan['memory']['error']:.0%}", _gib(plan["memory"]["total"]))
+    table.add_row(f"what the {plan['gpu']} has", _gib(plan["usable_bytes"]))
     return table
 
 
 def _times(plan: dict[str, Any]) -> Table:
-    table = Table(title=f"time, at an MFU of {plan['mfu']:g}", title_justify="left")
-    table.add_column("stage")
-    for name in ("steps", "tokens a step", "s a step", "of it sampling", "tokens/s", "hours"):
+    table = Table("stage", box=SIMPLE_HEAD)
+    for name in ("steps", "tokens a step", "a step", "of it sampling", "tokens/s", "in all"):
         table.add_column(name, justify="right")
     for each in plan["stages"]:
-        seconds = each["step_s"] + each["sampling_s"]
-        numbers = (f"{each['steps']:,}", f"{each['tokens_per_step']:,}", f"{seconds:,.3g}")
-        rest = (f"{each['sampling_s']:,.3g}", f"{each['tokens_per_s']:,.0f}", f"{each['hours']:,.2f}")
+        numbers = (f"{each['steps']:,}", f"{each['tokens_per_step']:,}", _seconds(each["step_s"] + each["sampling_s"]))
+        rest = (_seconds(each["sampling_s"]), f"{each['tokens_per_s']:,.0f}", markup.duration(each["hours"] * 3600))
         table.add_row(each["name"], *numbers, *rest)
     return table
+
+
+def _seconds(value: float) -> str:
+    return "-" if not value else "< 1 ms" if value < 1e-3 else f"{value:,.3g} s"

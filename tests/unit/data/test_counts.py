@@ -25,6 +25,12 @@ def test_rows_units_and_tokens_are_counted_by_hand():
     assert counts.examples == ["x.jsonl:7: messages[1].role is 'bot' (unknown_role)"]
 
 
+def test_a_bad_row_that_is_drawn_again_is_quoted_once():
+    again = counted(BAD, BAD)
+    assert again.dropped == {"unknown_role": 2} and len(again.examples) == 1
+    assert len(Counts.total([again.plain(), again.plain()]).examples) == 1
+
+
 def test_parts_add_up_to_the_whole():
     parts = [counted(SPLIT, BAD), counted(BAD, BAD, BAD), counted()]
     assert Counts.total([part.plain() for part in parts]).plain() == counted(SPLIT, *[BAD] * 4).plain()

@@ -1,6 +1,9 @@
 """A completion gets a finite number, or an error that names it: a failure is never a reward of zero."""
 
+import inspect
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,13 +83,15 @@ def test_a_function_that_raises_is_an_error_that_shows_the_completion():
     with pytest.raises(RewardError) as error:
         worker(raises_on_bad).score({}, ["four", "two"])
     text = str(error.value)
-    assert text == f"{__name__}:raises_on_bad raised ZeroDivisionError: division by zero, on completion 1: 'two'"
+    line = inspect.getsourcelines(raises_on_bad)[1] + 1
+    raised = f"raised ZeroDivisionError: division by zero in {Path(__file__).name}, line {line}"
+    assert text == f"{__name__}:raises_on_bad {raised}, on completion 1: 'two'"
 
 
 def test_a_long_completion_is_shown_in_part():
     with pytest.raises(RewardError) as error:
         worker(has_parts).score({}, ["x" * 100_000])
-    assert "KeyError: 'answer', on completion 0: 'xxx" in str(error.value)
+    assert re.search(r"KeyError: 'answer' in test_reward.py, line \d+, on completion 0: 'xxx", str(error.value))
     assert len(str(error.value)) < 500
 
 

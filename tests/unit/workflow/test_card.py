@@ -189,6 +189,23 @@ def test_numbers_show_the_digits_that_matter(value, shown):
 
 
 @pytest.mark.parametrize(
+    ("cells", "right"),
+    [
+        ((1, 2.5), True),
+        (("36.8%", "100.0%"), True),
+        (("469 B", "4.08 MB"), True),
+        (("⚠ 3.1%", "0.0%"), True),
+        (("1", "no limit"), False),
+        (("83050c626d9e", "2"), False),
+        (("", ""), False),
+    ],
+)
+def test_a_column_of_numbers_and_shares_is_set_right(cells, right):
+    head = markup.table(["column"], [[cell] for cell in cells]).partition("</thead>")[0]
+    assert ('class="number"' in head) is right
+
+
+@pytest.mark.parametrize(
     ("seconds", "shown"), [(8.51, "8.5 s"), (59.4, "59 s"), (245, "4 min 05 s"), (12_000, "3 h 20 min")]
 )
 def test_durations_are_for_people(seconds, shown):
@@ -288,7 +305,9 @@ def test_a_promotion_shows_its_decision_both_models_and_the_interval(outcome: st
     assert "2.50" in Opened(str(both)).text and "2.25" in Opened(str(both)).text
     assert isinstance(chart, dict)
     values = [layer["data"]["values"][0] for layer in chart["layer"]]
-    assert values == [{"low": 0.125, "high": 0.5}, {"gain": 0.25}, {"margin": 0.1}]
+    assert values == [{"low": 0.125, "high": 0.5}, {"gain": 0.25}, {"margin": 0.1}, {"margin": 0.1}]
+    assert chart["layer"][-1]["encoding"]["text"] == {"value": "margin 0.1"}
+    assert chart["layer"][0]["encoding"]["x"]["title"] == "gain of loss, nats per token or pair"
     json.dumps(chart)
 
 

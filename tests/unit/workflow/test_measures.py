@@ -62,6 +62,7 @@ def test_pass_at_k_stands_in_order_before_the_tokens():
     assert pass_names(1) == ["pass@1"] and pass_names(4)[-1] == "pass@4"
     shuffled = ["mean_tokens", "pass@12", "pass@2", "loss", "slices", "best_reward"]
     assert in_order(shuffled) == ["loss", "best_reward", "pass@2", "pass@12", "mean_tokens"]
+    assert label_of("pass@1") == "solved by 1 sample"
     assert label_of("pass@4") == "solved by one of 4 samples" and label_of("loss") == LABELS["loss"]
 
 
