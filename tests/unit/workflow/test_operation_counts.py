@@ -16,7 +16,8 @@ from posttrain.model.load import load_decoder
 from posttrain.model.losses.sft import SFTLoss
 from tiny import tiny_model
 
-TOLERANCE = 0.02
+TOLERANCE = 0.002
+"""Below one operation more in each of the two layers."""
 COMMITTED = json.loads(GOLDEN.read_text())
 
 
@@ -38,9 +39,7 @@ def test_a_step_does_the_work_that_was_committed(name: str):
 def test_blocks_of_other_documents_compile_no_further_graph_and_break_none(tmp_path, monkeypatch):
     compiled = torch.nn.Module.compile
     # The graphs are those of a GPU; code for them, which takes a minute, is not needed to count them.
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **how: compiled(self, **how, backend="aot_eager")
-    )
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, **how, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     model = load_decoder(tiny_model(tmp_path), device="cpu", dtype=torch.float32)
@@ -52,11 +51,13 @@ def test_blocks_of_other_documents_compile_no_further_graph_and_break_none(tmp_p
         lengths = rng.multinomial(200, rng.dirichlet(np.ones(2 + seed))) + 1
         samples = [shift(rng.integers(0, 200, n + 1), np.ones(n + 1)) for n in lengths]
         (made,) = pack([(sample,) for sample in samples], pack_tokens=256)
-        loss, _ = loss_sum(model, collate(made, pack_tokens=256), SFTLoss())
-        loss.backward()
+        with torch.no_grad():  # FlexAttention has no backward on a CPU; tests/gpu/test_model_gpu.py runs one
+            loss_sum(model, collate(made, pack_tokens=256), SFTLoss())
 
     first, after = graphs(step, warm=1, more=4)
     assert first == 1, "the two layers share one graph"
-    assert after == first, f"{after - first} graphs more for batches of other documents: a length is a part of the graph"
+    assert after == first, (
+        f"{after - first} graphs more for batches of other documents: a length is a part of the graph"
+    )
     assert not counters["graph_break"], dict(counters["graph_break"])
     torch._dynamo.reset()
