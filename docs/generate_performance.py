@@ -41,6 +41,12 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
     (
         "Training",
         [
+            ("sft", "python -m benchmarks.sft --against trl",
+             "Whole optimizer steps in turn on one GPU, from the same weights, on the same documents; tokens are real "
+             "ones. In brackets exact MFU, and peak memory in GiB."),
+            ("packing", "python -m benchmarks.packing",
+             "The same documents of every step packed (ours) and padded (baseline); tokens are real ones, and the "
+             "losses of both are in the result file."),
             ("recipes_speed", "python -m benchmarks.recipes_speed --steps 8", "Baseline: SFT of the same model."),
             ("decoder", "python -m benchmarks.decoder", ""),
             ("lm_head", "python -m benchmarks.lm_head", "Baseline: the bare matrix products that no head can avoid."),
@@ -70,6 +76,19 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
 NOTES = """
 ## What helped, and what did not
 
+Training:
+
+- **The vocabulary's rows are padded to a multiple of 64.** One row more than that makes the head's matmuls nearly five
+  times slower (`lm_head`, its last row).
+- **The head makes its gradients in its forward**, a chunk of rows at a time: logits are computed once and never held
+  whole, and what is left beside three bare matmuls is the difference between the columns of `lm_head`.
+- **One shape, one graph.** Every micro-batch has `data.pack_tokens` positions whatever its documents are, so a block is
+  compiled once; `tests/unit/workflow/test_operation_counts.py` counts the graphs, and what a step launches and writes.
+- **FlexAttention inside the compiled block is a little faster** than the flash kernels beside it (`decoder`), so it is
+  the default on a GPU.
+
+Reinforcement learning:
+
 - **vLLM's scheduler, one thread, decides how fast a small model samples.** At 0.6B, with one engine and no baseline
   beside it, sampling takes 5 ms a token for 128 requests and 11.5 ms for 512 (`generate_s` of those rows): each further
   request costs 17 us a token. Prompts of a whole batch in few steps, a frozen heap for the garbage collector, and
@@ -87,17 +106,29 @@ NOTES = """
 
 
 def results(name: str) -> list[Row]:
-    """Rows of one benchmark."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """Rows of one benchmark; none of one that was not run on its hardware yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown lines."""
     lines = ["| workload | ours | baseline | ratio | unit | hardware |", "|---|---|---|---|---|---|"]
     for row in rows:
-        cells = [row["workload"], row["ours"], row["baseline"], row["ratio"], row["unit"], row["hardware"]]
+        sides = [_side(row["ours"], row.get("measured")), _side(row["baseline"], row.get("trl"))]
+        cells = [row["workload"], *sides, row["ratio"], row["unit"], row["hardware"]]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return lines
+
+
+def _side(value: Any, found: Row | None) -> Any:
+    """A number of benchmarks/sft.py with what was measured beside it, or why there is none; any other as it is."""
+    if found is None or not found.keys() & {"fill", "failed"}:
+        return value
+    if value is None:
+        return f"failed: {found['failed']}"
+    known = [] if found["mfu_exact"] is None else [f"{found['mfu_exact']:.1%}", f"{found['peak_gib']:.1f}"]
+    return _cell(value) + (f" ({', '.join(known)})" if known else "")
 
 
 def _cell(value: Any) -> str:
@@ -167,19 +198,36 @@ def step_plot() -> str:
     return bar_plot("A GRPO step on one H200: model, rollouts a step", bars, x="seconds")
 
 
+def sft_plot() -> str:
+    """MFU of whole SFT steps beside TRL's."""
+    bars, seen = [], set()
+    for row in results("sft"):
+        size, precision = row["workload"].split(",")[0], row["workload"].rsplit(", ", 1)[-1]
+        sides = [(f"{size}, ours", row["measured"]), (f"TRL, {precision}", row["trl"])]
+        for label, found in sides:
+            if found is not None and found.get("mfu_exact") is not None and (size, label) not in seen:
+                seen.add((size, label))
+                bars.append(Bar(label=label, pieces=[("MFU", 100 * found["mfu_exact"])]))
+    return bar_plot("A whole SFT step on one H200", bars, x="exact MFU, % of 989 TFLOP/s")
+
+
 def documents() -> dict[Path, str]:
     """Every file that this writes, and its text."""
     lines = [HEAD, "![A GRPO step beside TRL's](images/grpo_step.svg)", ""]
     for title, benchmarks in PARTS:
         lines += [f"## {title}", ""]
         for name, command, note in benchmarks:
+            if not results(name):
+                continue
+            if name == "sft":
+                lines += ["![A whole SFT step beside TRL's](images/sft.svg)", ""]
             lines += [f"`{command}`" + (f". {note}" if note else ""), "", *table(results(name)), ""]
     plots = {
         "grpo_step": step_plot(),
         "rl_staleness": staleness_plot(),
         "rl_methods": methods_plot(),
         "grpo_vllm": vllm_plot(),
-    }
+    } | ({"sft": sft_plot()} if results("sft") else {})
     page = "\n".join(lines).rstrip() + "\n" + NOTES
     return {DOCS / "performance.md": page} | {DOCS / "images" / f"{name}.svg": svg for name, svg in plots.items()}
 

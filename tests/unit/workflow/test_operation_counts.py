@@ -1,4 +1,4 @@
-"""A step launches, computes and writes what it did when tests/golden/operation_counts.json was made: no time is taken."""
+"""A step launches, computes and writes what tests/golden/operation_counts.json says; no time is taken."""
 
 import json
 
