@@ -53,7 +53,7 @@ SHAPES = {
     "8b": Shape(micro_tokens=8192, step_tokens=49_152, precision="bfloat16_stochastic", baselines=("bfloat16",)),
 }
 PRECISIONS = {
-    "float32": "float32 weights and moments, autocast",
+    "float32": "float32 weights and moments under autocast",
     "bfloat16": "bfloat16 weights and moments",
 }
 """Of TRL's side."""

@@ -202,7 +202,7 @@ def sft_plot() -> str:
     """MFU of whole SFT steps beside TRL's."""
     bars, seen = [], set()
     for row in results("sft"):
-        size, precision = row["workload"].split(",")[0], row["workload"].rsplit(", ", 1)[-1]
+        size, precision = row["workload"].split(",")[0], row["workload"].rsplit(", ", 1)[-1].split(" ")[0]
         sides = [(f"{size}, ours", row["measured"]), (f"TRL, {precision}", row["trl"])]
         for label, found in sides:
             if found is not None and found.get("mfu_exact") is not None and (size, label) not in seen:
