@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import packing, sft, workloads  # noqa: E402  (found through the line above)
+from benchmarks import packing, sft, startup, workloads  # noqa: E402  (found through the line above)
 from benchmarks.shapes import SIZES  # noqa: E402
 
 
@@ -52,3 +52,23 @@ def test_the_sft_benchmark_names_the_side_that_failed_and_keeps_the_other(tmp_pa
     else:
         assert found["ours"] > 0 and found["ratio"] > 0
         assert found["measured"]["losses"][0] == pytest.approx(found["trl"]["losses"][0], abs=0.05), "equal weights"
+
+
+def test_the_log_of_a_flow_says_how_long_its_steps_took():
+    log = """
+2026-11-28 20:33:39.794 [17/tokenize/3 (pid 13869)] Task is starting.
+2026-11-28 20:33:40.000 [17/tokenize/4 (pid 13870)] Task is starting.
+2026-11-28 20:33:41.000 [17/tokenize/3 (pid 13869)] something that a program printed
+2026-11-28 20:33:44.794 [17/tokenize/4 (pid 13870)] Task finished successfully.
+2026-11-28 20:33:44.294 [17/tokenize/3 (pid 13869)] Task finished successfully.
+2026-11-28 20:33:44.800 [17/merge_tokens/5 (pid 13900)] Task is starting.
+2026-11-28 20:33:46.100 [17/merge_tokens/5 (pid 13900)] Task finished successfully.
+"""
+    assert startup.tasks(log) == {"tokenize": 5.0, "merge_tokens": 1.3}
+
+
+def test_what_a_training_did_is_summed_over_its_steps():
+    lines = "\n".join(
+        json.dumps({"step": n, "time/forward_s": 1.0, "time/backward_s": 2.0, "time/generate_s": 0.5}) for n in range(2)
+    )
+    assert startup.times(lines) == {"train": 6.0, "generate": 1.0}
