@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,6 @@ IMPORTS = "import posttrain, posttrain.config_file"
 RAY = """
 import time
 from posttrain.compute.cluster import Gang, ray_cluster
-import ray
 started = time.perf_counter()
 with ray_cluster(Gang(), num_cpus=2, num_gpus=0):
     up = time.perf_counter()
@@ -43,8 +43,15 @@ TASK = re.compile(r"^(\S+ \S+) \[[^/]+/(\w+)/\d+.*?\] Task (is starting|finished
 
 def seconds_of(command: list[str], **how: Any) -> float:
     started = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, **how)
+    output(command, **how)
     return time.perf_counter() - started
+
+
+def output(command: list[str], **how: Any) -> str:
+    """What a command that must succeed prints, errors included."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
 
 
 def imported(repeat: int) -> dict[str, Any]:
@@ -55,39 +62,43 @@ def imported(repeat: int) -> dict[str, Any]:
 
 
 def ray_started(repeat: int) -> dict[str, Any]:
-    """Seconds until Ray is up, the best of some, and until it is gone."""
+    """Seconds until Ray is imported and up, the best of some, and until it is gone."""
     runs = []
     for _ in range(repeat):
-        done = subprocess.run([sys.executable, "-c", RAY], check=True, capture_output=True, text=True)
-        runs.append(tuple(map(float, done.stdout.split())))
+        runs.append(tuple(map(float, output([sys.executable, "-c", RAY]).splitlines()[-1].split())))
     up, down = min(runs)
     return made("Ray brought up on loopback in a step", ours=up, baseline=None, down_s=round(down, 3))
 
 
 def flow_overhead(repeat: int) -> dict[str, Any]:
-    """Seconds of flows without work, the best of some each, in turn."""
+    """Seconds of flows without work, the best of some each, in turn; and of processors, which other load moves less."""
     found: dict[str, list[float]] = {"idle": [], "bare": []}
+    cpu: dict[str, list[float]] = {"idle": [], "bare": []}
     for _ in range(repeat):
         for name, runs in found.items():
+            path, before = ROOT / "benchmarks" / "flows" / f"{name}_flow.py", cpu_s()
             with own_folder() as how:
-                runs.append(
-                    seconds_of([sys.executable, str(ROOT / "benchmarks/flows" / f"{name}_flow.py"), "run"], **how)
-                )
+                runs.append(seconds_of([sys.executable, str(path), "run"], **how))
+            cpu[name].append(round(cpu_s() - before, 2))
     ours, bare = (min(found[name]) for name in ("idle", "bare"))
     what = "a flow without work, 9 tasks and 5 cards; baseline: the same on bare Metaflow"
-    return made(what, ours=ours, baseline=bare, overhead=round(ours / bare - 1, 3), all_s=found)
+    return made(what, ours=ours, baseline=bare, overhead=round(ours / bare - 1, 3), all_s=found, cpu_s=cpu)
+
+
+def cpu_s() -> float:
+    """Seconds of processors that all processes which were waited for have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def default_flow() -> dict[str, Any]:
     """The default run: seconds of every step, and of what its training did."""
     with own_folder() as how:
         started = time.perf_counter()
-        command = [sys.executable, str(ROOT / "flows" / "grpo_flow.py"), "run"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+        log = output([sys.executable, str(ROOT / "flows" / "grpo_flow.py"), "run"], **how)
         whole = time.perf_counter() - started
-        assert done.returncode == 0, done.stdout[-3000:]
         metrics = {path.stem: path.read_text() for path in how["cwd"].rglob("metrics/*.jsonl")}
-    steps = tasks(done.stdout)
+    steps = tasks(log)
     inside = {name: times(text) for name, text in metrics.items()}
     rest = whole - sum(steps.values())
     what = "`python flows/grpo_flow.py run`: the default configuration"

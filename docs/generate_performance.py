@@ -70,6 +70,13 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
             ("load", "python -m benchmarks.load", ""),
         ],
     ),
+    (
+        "A first run on a CPU",
+        [
+            ("startup", "python -m benchmarks.startup",
+             "Seconds of each step of the default flow, and of what its training did, are in the result file."),
+        ],
+    ),
 ]  # fmt: skip
 """Title -> (result file, command, what to know)."""
 
@@ -215,6 +222,8 @@ def documents() -> dict[Path, str]:
     """Every file that this writes, and its text."""
     lines = [HEAD, "![A GRPO step beside TRL's](images/grpo_step.svg)", ""]
     for title, benchmarks in PARTS:
+        if not any(results(name) for name, _, _ in benchmarks):
+            continue
         lines += [f"## {title}", ""]
         for name, command, note in benchmarks:
             if not results(name):
