@@ -190,7 +190,7 @@ def described(size: str, shape: Shape, sides: dict[str, Any], baseline: str | No
     if baseline is not None:
         kernels = "" if size == "tiny" else " + Liger + flash attention"
         what += f"; baseline: TRL, packing bfd{kernels}, {PRECISIONS[baseline]}"
-    ours, theirs = sides.get("ours"), sides.get(baseline)
+    ours, theirs = sides.get("ours"), sides.get(baseline or "none")
     rates = [(side or {}).get("tokens_per_s") for side in (ours, theirs)]
     return row("sft", what, ours=rates[0], baseline=rates[1], unit="tokens/s", measured=ours, trl=theirs)
 

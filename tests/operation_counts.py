@@ -9,6 +9,7 @@ and bytes that their results take.
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,10 @@ def counts(case: dict[str, Any]) -> dict[str, int]:
     """Of the second step of a case; the first makes the optimizer's moments."""
     settings = dict(case)
     loss = settings.pop("loss", SFTLoss())
-    training = {name: getattr(TRAINING, name) for name in TRAINING.__dataclass_fields__} | settings
     with tempfile.TemporaryDirectory() as folder:
         storage.publish(tiny_model(Path(folder, "made")), uri := str(Path(folder, "model")))
         one = {"rank": 0, "sizes": Sizes(data=1), "model_uri": uri, "backend": "posttrain"}
-        rank = PolicyRank(**one, training=type(TRAINING)(**training | {"pack_tokens": 128}), reference=False)
+        rank = PolicyRank(**one, training=replace(TRAINING, pack_tokens=128, **settings), reference=False)
         rank.meeting = MeetingPoint("127.0.0.1")
         rank.join(rank.meeting.address, 60.0)
     packs = documents()
@@ -91,7 +91,7 @@ def documents() -> list[Pack]:
     """Pairs of documents with every column that a loss of CASES reads."""
     rng, samples = np.random.default_rng(0), []
     for length in LENGTHS:
-        columns = {name: rng.normal(-5.0, 1.0, length + 1) for name in ("sampler_logprobs", "advantages")}
+        columns = {name: rng.normal(-5.0, 1.0, length + 1).tolist() for name in ("sampler_logprobs", "advantages")}
         sample = shift(rng.integers(0, 200, length + 1), np.ones(length + 1), **columns)
         sample.fields["ref_logprob"] = -5.0 * length
         samples.append(sample)
