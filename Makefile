@@ -89,8 +89,9 @@ site: $(VENV)-site/.ready  ## the documentation as a site, in site/; a broken li
 card-images: $(READY)  ## run two tiny flows and photograph their cards into docs/images; CHROMIUM names the browser
 	$(BIN)/python docs/card_images.py
 
-golden: $(READY)  ## rewrite tests/golden/deploy: what each flow would deploy to Argo Workflows
+golden: $(READY)  ## rewrite tests/golden: what each flow would deploy to Argo Workflows, and the work of a training step
 	$(BIN)/python tests/deploy.py
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python tests/operation_counts.py
 
 bench: $(READY)  ## the learning claim of the README: three seeds beside a run that does not train
 	$(BIN)/python benchmarks/grpo_learning.py

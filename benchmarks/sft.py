@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.report import in_a_process, row, write
 from benchmarks.shapes import SIZES, hf_config
-from benchmarks.workloads import WORKLOADS, documents, packs_of
+from benchmarks.workloads import WORKLOADS, count_of, documents, packs_of
 
 PEAK = 989e12
 """Dense bfloat16 FLOP/s of an H100 or H200 by its data sheet."""
@@ -53,7 +53,7 @@ SHAPES = {
     "8b": Shape(micro_tokens=8192, step_tokens=49_152, precision="bfloat16_stochastic", baselines=("bfloat16",)),
 }
 PRECISIONS = {
-    "float32": "float32 weights and moments, autocast",
+    "float32": "float32 weights and moments under autocast",
     "bfloat16": "bfloat16 weights and moments",
 }
 """Of TRL's side."""
@@ -66,7 +66,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from posttrain.model.losses.sft import SFTLoss
 
     on_gpu = torch.cuda.is_available()
-    found = documents("W1", case["tokens"], seed=0, vocab=case["vocab"], longest=case["row_tokens"])
+    found = documents("W1", case["documents"], seed=0, vocab=case["vocab"], longest=case["row_tokens"])
     packs = packs_of(found, case["micro_tokens"])
     rank = policy(case)
     if on_gpu:
@@ -162,7 +162,8 @@ def rows_of(size: str, shape: Shape, options: argparse.Namespace) -> list[dict[s
     assert shape.step_tokens % shape.micro_tokens == 0, "a step is a whole number of micro-batches"
     assert shape.micro_tokens % shape.row_tokens == 0, "a micro-batch is a whole number of TRL's rows"
     # A tenth more than positions: packs of few rows are not all full.
-    case["tokens"] = int(1.1 * (options.steps + WARMUP) * shape.step_tokens)
+    tokens = int(1.1 * (options.steps + WARMUP) * shape.step_tokens)
+    case["documents"] = count_of("W1", tokens, seed=0, longest=shape.row_tokens)
     sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         made = in_a_process("benchmarks.sft", case | {"side": "model", "folder": folder}, timeout_s=options.timeout)
@@ -189,7 +190,7 @@ def described(size: str, shape: Shape, sides: dict[str, Any], baseline: str | No
     if baseline is not None:
         kernels = "" if size == "tiny" else " + Liger + flash attention"
         what += f"; baseline: TRL, packing bfd{kernels}, {PRECISIONS[baseline]}"
-    ours, theirs = sides.get("ours"), sides.get(baseline)
+    ours, theirs = sides.get("ours"), sides.get(baseline or "none")
     rates = [(side or {}).get("tokens_per_s") for side in (ours, theirs)]
     return row("sft", what, ours=rates[0], baseline=rates[1], unit="tokens/s", measured=ours, trl=theirs)
 

@@ -29,7 +29,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
     on_gpu = torch.cuda.is_available()
     micro_batches = case["step_tokens"] // (case["trl_batch"] * case["row_tokens"])
-    found = documents("W1", case["tokens"], seed=0, vocab=case["vocab"], longest=case["row_tokens"])
+    found = documents("W1", case["documents"], seed=0, vocab=case["vocab"], longest=case["row_tokens"])
     model = AutoModelForCausalLM.from_pretrained(
         case["model_uri"],
         dtype=getattr(torch, case["precision"]),
@@ -66,11 +66,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     if on_gpu:
         forwards = [f for module in model.modules() for f in (type(module).forward, module.forward)]
         assert any("liger" in getattr(f, "__module__", "") for f in forwards), "Liger's kernels are not in the model"
-    seen = [lengths_of(each) for each in positions]
+    by_step = [positions[n : n + micro_batches] for n in range(0, len(positions), micro_batches)]
     return {
         "seconds": [end - start for start, end in pairwise(times)],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "lengths": [sum(seen[n : n + micro_batches], []) for n in range(0, len(seen), micro_batches)],
+        "lengths": [[length for each in step for length in lengths_of(each)] for step in by_step],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
 

@@ -15,30 +15,34 @@ WORKLOADS = {
 }
 
 
-def lengths(workload: str, tokens: int, *, seed: int, longest: int = LONGEST) -> list[int]:
-    """Lengths of documents of at least `tokens` in all; `longest` below 8192 clips them for small models."""
-    rng, found = np.random.default_rng(seed), []
-    while sum(found) < tokens:
-        if workload == "W1":
-            length = rng.lognormal(np.log(350), 1.2)
-        else:
-            short, long, which = rng.lognormal(np.log(120), 0.6), rng.uniform(4096, LONGEST), rng.random()
-            length = short if which < 0.95 else long
-        found.append(int(np.clip(length, 16, longest)))
-    return found
+def lengths(workload: str, count: int, *, seed: int, longest: int = LONGEST) -> np.ndarray:
+    """[count] int64 tokens of each document; `longest` below 8192 makes all shorter, for small models."""
+    rng = np.random.default_rng(seed)
+    if workload == "W1":
+        found = rng.lognormal(np.log(350), 1.2, count)
+    else:
+        short, long = rng.lognormal(np.log(120), 0.6, count), rng.uniform(4096, LONGEST, count)
+        found = np.where(rng.random(count) < 0.95, short, long)
+    return np.clip(found * (longest / LONGEST), 16, longest).astype(np.int64)
 
 
-def documents(workload: str, tokens: int, *, seed: int, vocab: int, longest: int = LONGEST) -> list[np.ndarray]:
-    """[n] int64 token ids of each document."""
+def documents(workload: str, count: int, *, seed: int, vocab: int, longest: int = LONGEST) -> list[np.ndarray]:
+    """[n] int64 token ids of each of `count` documents."""
     rng = np.random.default_rng(seed + 1)
     return [
         np.exp(rng.uniform(0, np.log(vocab), length)).astype(np.int64)
-        for length in lengths(workload, tokens, seed=seed, longest=longest)
+        for length in lengths(workload, count, seed=seed, longest=longest)
     ]
 
 
+def count_of(workload: str, tokens: int, *, seed: int, longest: int = LONGEST) -> int:
+    """How many documents have at least `tokens` in all; none is shorter than 16."""
+    sums = np.cumsum(lengths(workload, tokens // 16 + 1, seed=seed, longest=longest))
+    return int(np.searchsorted(sums, tokens)) + 1
+
+
 def packs_of(found: list[np.ndarray], pack_tokens: int) -> list[Any]:
-    """The documents as a run packs them: window by window, every token but the first a target; draws number them."""
+    """The documents as a run packs them: window by window, every token but the first a target."""
     from posttrain.data.mixture import WINDOW
     from posttrain.data.pack import pack
     from posttrain.data.sample import shift
@@ -46,6 +50,5 @@ def packs_of(found: list[np.ndarray], pack_tokens: int) -> list[Any]:
     units = [(shift(ids, np.ones(len(ids))),) for ids in found]
     made = []
     for start in range(0, len(units), WINDOW):
-        part = units[start : start + WINDOW]
-        made += pack(part, pack_tokens=pack_tokens, draws=range(start, start + len(part)))
+        made += pack(units[start : start + WINDOW], pack_tokens=pack_tokens)
     return made

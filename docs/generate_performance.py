@@ -40,6 +40,12 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
     (
         "Training",
         [
+            ("sft", "python -m benchmarks.sft --against trl",
+             "Whole optimizer steps in turn on one GPU, from the same weights, on the same documents; tokens are real "
+             "ones. In brackets exact MFU, and peak memory in GiB."),
+            ("packing", "python -m benchmarks.packing",
+             "The same documents of every step packed (ours) and padded (baseline); tokens are real ones, and the "
+             "losses of both are in the result file."),
             ("recipes_speed", "python -m benchmarks.recipes_speed --steps 8", "Baseline: SFT of the same model."),
             ("decoder", "python -m benchmarks.decoder", ""),
             ("float8", "python -m benchmarks.float8",
@@ -66,11 +72,34 @@ PARTS: list[tuple[str, list[tuple[str, str, str]]]] = [
             ("load", "python -m benchmarks.load", ""),
         ],
     ),
+    (
+        "A first run on a CPU",
+        [
+            ("startup", "python -m benchmarks.startup",
+             "Seconds of each step of the default flow, and of what its training did, are in the result file."),
+        ],
+    ),
 ]  # fmt: skip
 """Title -> (result file, command, what to know)."""
 
 NOTES = """
 ## What helped, and what did not
+
+Training:
+
+- **The vocabulary's rows are padded to a multiple of 64.** One row more than that makes the head's matmuls nearly five
+  times slower (`lm_head`, its last row).
+- **The head makes its gradients in its forward**, a chunk of rows at a time: logits are computed once and never held
+  whole, and what is left beside three bare matmuls is the difference between the columns of `lm_head`.
+- **One shape, one graph.** Every micro-batch has `data.pack_tokens` positions whatever its documents are, so a block is
+  compiled once; `tests/unit/workflow/test_operation_counts.py` counts the graphs, and what a step launches and writes.
+- **FlashAttention 4** (the extra `flash4`) takes 30 ms of a step of the decoder at 1.7B where FlexAttention, the default
+  without it, takes 47.
+- **Gate and up as two matmuls.** Stacked into one, as q, k and v are, their gradient is a concatenation that reads its
+  operands twice over, and both weights are copied: 7 ms and 1.3 GiB at 1.7B. Inductor's `coordinate_descent_tuning`,
+  and its other way to concatenate (`max_pointwise_cat_inputs = 0`), changed nothing beyond noise.
+
+Reinforcement learning:
 
 - **Sampling is bound by the cache of keys and values, once the scheduler is not.** At 0.6B it takes 4.0 ms a token for
   128 requests and 11.2 ms for 512 (`generate_s` of those rows): 115 kB a token of context are read at each step, 22 GB
@@ -84,10 +113,6 @@ NOTES = """
   fit, it would be 98 %, and the last pack of a batch of 128 nearly empty.
 - **No extra forward.** A batch gets one optimizer step, so the old policy's logprobs are the policy's own; nothing is
   scored twice. Training is 23 % of a step at 0.6B.
-- **FlashAttention 4** (the extra `flash4`) takes 30 ms of a step of the decoder at 1.7B where FlexAttention takes 47.
-- **Gate and up as two matmuls.** Stacked into one, as q, k and v are, their gradient is a concatenation that reads its
-  operands twice over, and both weights are copied: 7 ms and 1.3 GiB at 1.7B. Inductor's `coordinate_descent_tuning`,
-  and its other way to concatenate (`max_pointwise_cat_inputs = 0`), changed nothing beyond noise.
 - **One step ahead on two GPUs** is bound by how long a batch takes to be sampled, trained on and sent, two of which
   overlap: a group may not be older than one step. Each sync stops the GPU that samples, which then computes the cache
   of running requests anew, so that every later token is of the new weights alone.
@@ -95,17 +120,29 @@ NOTES = """
 
 
 def results(name: str) -> list[Row]:
-    """Rows of one benchmark."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """Rows of one benchmark; none of one that was not run on its hardware yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown lines."""
     lines = ["| workload | ours | baseline | ratio | unit | hardware |", "|---|---:|---:|---:|---|---|"]
     for row in rows:
-        cells = [row["workload"], row["ours"], row["baseline"], row["ratio"], row["unit"], row["hardware"]]
+        sides = [_side(row["ours"], row.get("measured")), _side(row["baseline"], row.get("trl"))]
+        cells = [row["workload"], *sides, row["ratio"], row["unit"], row["hardware"]]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return lines
+
+
+def _side(value: Any, found: Row | None) -> Any:
+    """A number of benchmarks/sft.py with what was measured beside it, or why there is none; any other as it is."""
+    if found is None or not found.keys() & {"fill", "failed"}:
+        return value
+    if value is None:
+        return f"failed: {found['failed']}"
+    known = [] if found["mfu_exact"] is None else [f"{found['mfu_exact']:.1%}", f"{found['peak_gib']:.1f}"]
+    return _cell(value) + (f" ({', '.join(known)})" if known else "")
 
 
 def _cell(value: Any) -> str:
@@ -185,14 +222,31 @@ def float8_plot() -> str:
     return line_plot(row["workload"].split(";")[0], lines, x="optimizer step", y="loss, nats a token")
 
 
+def sft_plot() -> str:
+    """MFU of whole SFT steps beside TRL's."""
+    bars, seen = [], set()
+    for row in results("sft"):
+        size, precision = row["workload"].split(",")[0], row["workload"].rsplit(", ", 1)[-1].split(" ")[0]
+        sides = [(f"{size}, ours", row["measured"]), (f"TRL, {precision}", row["trl"])]
+        for label, found in sides:
+            if found is not None and found.get("mfu_exact") is not None and (size, label) not in seen:
+                seen.add((size, label))
+                bars.append(Bar(label=label, pieces=[("MFU", 100 * found["mfu_exact"])]))
+    return bar_plot("A whole SFT step on one H200", bars, x="exact MFU, % of 989 TFLOP/s")
+
+
 def documents() -> dict[Path, str]:
     """Every file that this writes, and its text."""
     lines = [HEAD, "![A GRPO step beside TRL's](images/grpo_step.svg)", ""]
     for title, benchmarks in PARTS:
+        if not any(results(name) for name, _, _ in benchmarks):
+            continue
         lines += [f"## {title}", ""]
         for name, command, note in benchmarks:
-            if name == "float8" and not (RESULTS / "float8.json").exists():  # not measured yet
+            if not results(name):
                 continue
+            if name == "sft":
+                lines += ["![A whole SFT step beside TRL's](images/sft.svg)", ""]
             lines += [f"`{command}`" + (f". {note}" if note else ""), "", *table(results(name)), ""]
     plots = {
         "grpo_step": step_plot(),
@@ -200,8 +254,7 @@ def documents() -> dict[Path, str]:
         "rl_methods": methods_plot(),
         "grpo_vllm": vllm_plot(),
     }
-    if (RESULTS / "float8.json").exists():
-        plots["float8"] = float8_plot()
+    plots |= {name: draw() for name, draw in (("sft", sft_plot), ("float8", float8_plot)) if results(name)}
     page = "\n".join(lines).rstrip() + "\n" + NOTES
     return {DOCS / "performance.md": page} | {DOCS / "images" / f"{name}.svg": svg for name, svg in plots.items()}
 
