@@ -93,8 +93,8 @@ Training:
   whole, and what is left beside three bare matmuls is the difference between the columns of `lm_head`.
 - **One shape, one graph.** Every micro-batch has `data.pack_tokens` positions whatever its documents are, so a block is
   compiled once; `tests/unit/workflow/test_operation_counts.py` counts the graphs, and what a step launches and writes.
-- **FlashAttention 4** (the extra `flash4`) takes 30 ms of a step of the decoder at 1.7B where FlexAttention, the default
-  without it, takes 47.
+- **FlashAttention 4** (the extra `flash4`) takes 30 ms of a step of the decoder at 1.7B; FlexAttention, the default
+  without it, 47.
 - **Gate and up as two matmuls.** Stacked into one, as q, k and v are, their gradient is a concatenation that reads its
   operands twice over, and both weights are copied: 7 ms and 1.3 GiB at 1.7B. Inductor's `coordinate_descent_tuning`,
   and its other way to concatenate (`max_pointwise_cat_inputs = 0`), changed nothing beyond noise.
