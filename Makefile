@@ -79,7 +79,7 @@ docs: $(READY)  ## regenerate what docs/ has from the code, its schema and bench
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_data.py
 	$(BIN)/python docs/generate_performance.py
-	$(BIN)/python -c "from benchmarks import reliability as r; r.PAGE.write_text(r.document())"
+	$(BIN)/python -c "from benchmarks import reliability_page; reliability_page.write()"
 
 site: PACKAGES = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29,<2"
 site: $(VENV)-site/.ready  ## the documentation as a site, in site/; a broken link or an unknown name fails
