@@ -71,7 +71,7 @@ MINUTES ?= 5
 fuzz-long: PACKAGES = "atheris>=2.3,<4"
 fuzz-long: $(VENV)-fuzz/.ready  ## the parsers under coverage-guided fuzzing, for MINUTES each
 	$(foreach parser,$(PARSERS),PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-fuzz/bin/python \
-	  tests/fuzz/coverage_guided.py $(parser) -max_total_time=$$((60 * $(MINUTES))) &&) true
+	  tests/coverage_guided.py $(parser) -max_total_time=$$((60 * $(MINUTES))) &&) true
 
 audit-deps: PACKAGES = "pip-audit>=2.7,<3"
 audit-deps: $(VENV)-audit/.ready  ## known vulnerabilities of what is installed; asks an advisory service, so CI does not

@@ -42,7 +42,7 @@ def test_a_finding_ends_the_fuzzer_and_is_kept(tmp_path: Path):
         "c.parsers = lambda folder: {'jsonl': broken}\n"
         "c.main(['jsonl', '-max_total_time=20'])\n"
     )
-    path = ":".join([str(Path(__file__).parent), *sys.path])
+    path = ":".join([str(Path(__file__).parents[1]), *sys.path])
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": path}, capture_output=True, text=True
     )

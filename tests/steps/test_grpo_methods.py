@@ -56,7 +56,7 @@ def test_a_teacher_that_is_the_policy_has_nothing_to_teach_at_first(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.fault("F44", outcome="CONTINUE")
 def test_a_run_whose_policy_runs_away_says_so_once_and_goes_on(tmp_path: Path):
-    config = small_config(**{"method.kl_coef": 0.0, "optim.lr": 0.3, "optim.num_steps": 6, "warmup": None})
+    config = small_config(**{"method.kl_coef": 0.0, "optim.lr": 0.3, "optim.num_steps": 12, "warmup": None})
     base = prepared(tmp_path, config)
     ended = grpo(config, base, tmp_path)
     result_of(ended)

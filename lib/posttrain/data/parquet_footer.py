@@ -1,7 +1,7 @@
 """Where the row groups of a Parquet file lie, read from its footer without pyarrow.
 
 pyarrow's own way there, RowGroupMetaData.column(), ends the process where a column's statistics do not add up: the
-error of its C++ part has nobody to catch it (pyarrow 26; found by tests/fuzz/coverage_guided.py). To read such a row
+error of its C++ part has nobody to catch it (pyarrow 26; found by tests/coverage_guided.py). To read such a row
 group is an ordinary error.
 
 The footer is a Thrift struct in the compact protocol (thrift-compact-protocol.md); the numbers of fields are those of

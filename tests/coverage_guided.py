@@ -1,7 +1,7 @@
 """Fuzzing by coverage for as long as one likes: atheris mutates files that are sound, towards lines not yet reached.
 
     make fuzz-long                                            five minutes of each parser
-    python tests/fuzz/coverage_guided.py arrow -max_total_time=3600 [any option of libFuzzer]
+    python tests/coverage_guided.py arrow -max_total_time=3600 [any option of libFuzzer]
 
 A parser is a function of bytes that returns, whatever they are: what it raises is a finding, as is a crash of the
 process, and more than 2 GB or 20 s for one input. What was found is written to crash-* in the current folder; to see it
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "fuzz")]
 
 LIMITS = ("-rss_limit_mb=2048", "-timeout=20", "-max_len=8192")
 
@@ -45,6 +45,7 @@ def parsers(folder: Path) -> dict[str, Callable[[bytes], object]]:
         return refused(lambda: load_config(data.decode(errors="surrogateescape")), ConfigError)
 
     def manifest(data: bytes) -> object:
+        written("a", b"x")  # the file that the seed names
         written(MANIFEST, data)
         refused(lambda: open_checkpoint(str(folder)), CheckpointError)
         return refused(lambda: verify_folder(folder), CheckpointError)
@@ -88,7 +89,7 @@ def seeds(name: str, folder: Path) -> None:
         model = {"model_type": "qwen3", "hidden_size": 64, "rope_parameters": {"rope_theta": 1e6}}
         files["a"] = json.dumps(model).encode()
     else:
-        root = Path(__file__).parents[2] / "configs"
+        root = Path(__file__).parents[1] / "configs"
         files = {path.name: path.read_bytes() for path in root.glob("*.yaml")}
     for each, data in files.items():
         (folder / each).write_bytes(data)
