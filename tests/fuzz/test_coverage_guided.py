@@ -6,8 +6,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import coverage_guided
 import pytest
+
+import coverage_guided
 
 NAMES = ("parquet", "arrow", "jsonl", "safetensors", "index", "manifest", "model_config", "config")
 
