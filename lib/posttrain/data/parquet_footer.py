@@ -8,7 +8,7 @@ The footer is a Thrift struct in the compact protocol (thrift-compact-protocol.m
 parquet.thrift of the format's specification.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 
 ROW_GROUPS = 4  # of FileMetaData
 COLUMNS = 1  # of RowGroup
@@ -17,7 +17,12 @@ COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 7, 9, 11  # of ColumnMetaData
 DEEPEST = 32
 """Structs within structs; the format has nine."""
 
-_STOP, _TRUE, _FALSE, _BINARY = 0, 1, 2, 8
+Reader = Callable[[int], int]
+"""(place of a value) -> the place behind it."""
+NOTHING: Mapping[int, Reader] = {}
+_STOP, _TRUE, _FALSE, _BINARY, _STRUCT = 0, 1, 2, 8, 12
+_READ = (4, 5, 6, 9, 12)
+"""Types of what is read: integers, lists, structs."""
 _INTEGERS = (4, 5, 6)
 _SIZES = {3: 1, 7: 8}
 """Bytes of a byte and of a double."""
@@ -32,42 +37,55 @@ def row_group_ranges(footer: bytes) -> list[tuple[int, int]]:
     Raises:
         ValueError: it is no footer.
     """
+    ranges: list[tuple[int, int]] = []
     try:
-        groups = next((_list(footer, at)[0] for number, kind, at in _fields(footer, 0) if number == ROW_GROUPS), [])
-        return [_range(footer, at) for at in groups]
+        _struct(footer, 0, {ROW_GROUPS: lambda at: _list(footer, at, 1, lambda at: _group(footer, at, ranges))})
     except IndexError:
         raise ValueError("the footer ends within a field") from None
+    return ranges
 
 
-def _range(data: bytes, group: int) -> tuple[int, int]:
-    first, length = [], 0
-    for chunk in _of(data, group, COLUMNS):
-        for number, _, meta in _fields(data, chunk):
-            if number != META_DATA:
-                continue
-            found = {n: _integer(data, at)[0] for n, kind, at in _fields(data, meta) if kind in _INTEGERS}
-            first.append(found.get(DICTIONARY_PAGE) or found.get(DATA_PAGE, 0))
-            length += found.get(COMPRESSED, 0)
-    return min(first, default=0), length
+def _group(data: bytes, at: int, ranges: list[tuple[int, int]]) -> int:
+    first: list[int] = []
+    lengths: list[int] = []
+
+    def meta(at: int) -> int:
+        found: dict[int, int] = {}
+
+        def note(number: int) -> Reader:
+            def read(at: int) -> int:
+                found[number], at = _integer(data, at)
+                return at
+
+            return read
+
+        at = _struct(data, at, {number: note(number) for number in (COMPRESSED, DATA_PAGE, DICTIONARY_PAGE)})
+        first.append(found.get(DICTIONARY_PAGE) or found.get(DATA_PAGE, 0))
+        lengths.append(found.get(COMPRESSED, 0))
+        return at
+
+    at = _struct(data, at, {COLUMNS: lambda at: _list(data, at, 2, lambda at: _struct(data, at, {META_DATA: meta}))})
+    ranges.append((min(first, default=0), sum(lengths)))
+    return at
 
 
-def _of(data: bytes, struct: int, wanted: int) -> list[int]:
-    """Where the elements of a struct's list of structs begin."""
-    return next((_list(data, at)[0] for number, _, at in _fields(data, struct) if number == wanted), [])
-
-
-def _fields(data: bytes, at: int, depth: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Number, type and place of each field of the struct that begins at `at`."""
+def _struct(data: bytes, at: int, readers: Mapping[int, Reader] = NOTHING, depth: int = 0) -> int:
+    """Go through a struct; a field that has a reader is read by it, others are passed over. The place behind it."""
     number = 0
     while (head := data[at]) != _STOP:
         at += 1
-        delta, kind = head >> 4, head & 15
-        if delta:
-            number += delta
+        kind = head & 15
+        if head >> 4:
+            number += head >> 4
         else:
             number, at = _integer(data, at)
-        yield number, kind, at
-        at = _after(data, at, kind, depth)
+        if (reader := readers.get(number)) is None:
+            at = _after(data, at, kind, depth)
+        elif kind in _READ:
+            at = reader(at)
+        else:
+            raise ValueError(f"the footer has a value of type {kind} in field {number}")
+    return at + 1
 
 
 def _after(data: bytes, at: int, kind: int, depth: int, *, in_list: bool = False) -> int:
@@ -91,38 +109,28 @@ def _after_nested(data: bytes, at: int, kind: int, depth: int) -> int:
         raise ValueError(f"the footer nests more than {DEEPEST} deep")
     match kind:
         case 9 | 10:  # a list, a set
-            return _list(data, at, depth)[1]
+            return _list(data, at, depth)
         case 11:  # a map
             return _map_end(data, at, depth)
         case 12:  # a struct
-            return _end(data, at, depth)
+            return _struct(data, at, NOTHING, depth)
         case _:
             raise ValueError(f"the footer has a value of type {kind}, which is none")
 
 
-def _end(data: bytes, at: int, depth: int) -> int:
-    """The place behind a struct."""
-    while (head := data[at]) != _STOP:
-        at += 1
-        if not head >> 4:
-            at = _integer(data, at)[1]
-        at = _after(data, at, head & 15, depth)
-    return at + 1
-
-
-def _list(data: bytes, at: int, depth: int = 0) -> tuple[list[int], int]:
-    """Where the elements of a list begin, and the place behind it."""
+def _list(data: bytes, at: int, depth: int, reader: Reader | None = None) -> int:
+    """Go through a list, of structs where there is a reader; the place behind it."""
     head, at = data[at], at + 1
     size, kind = head >> 4, head & 15
     if size == 15:
         size, at = _varint(data, at)
-    places = []
+    if reader is not None and size and kind != _STRUCT:
+        raise ValueError(f"the footer has a list of type {kind} where structs should be")
     for _ in range(size):
-        places.append(at)
-        at = _after(data, at, kind, depth, in_list=True)
+        at = _after(data, at, kind, depth, in_list=True) if reader is None else reader(at)
         if at > len(data):
             raise IndexError
-    return places, at
+    return at
 
 
 def _map_end(data: bytes, at: int, depth: int) -> int:
