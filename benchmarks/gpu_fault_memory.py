@@ -91,7 +91,7 @@ def full(model_uri: str, kept: Checkpoints) -> PolicyRank:
         passed=bool(named),
         happened=first_line(said),
         detected_s=round(seconds, 2),
-        lost="0 steps",
+        lost_steps=0,
     )
     del taken, rank
     give_back()
@@ -105,7 +105,7 @@ def full(model_uri: str, kept: Checkpoints) -> PolicyRank:
         "gpu_full_resume",
         passed=equal,
         happened=f"steps {SAVED + 1} to {STEPS} as those of a run that was left alone, {how}",
-        lost="0 steps",
+        lost_steps=0,
     )
     return rank
 

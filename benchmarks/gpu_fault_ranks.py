@@ -125,7 +125,7 @@ async def stopped(model_uri: str, gpus: int, kept: Checkpoints) -> list[dict[str
         happened=first_line(error),
         detected_s=round(seconds, 1),
         deadline_s=DEADLINE_S,
-        lost=f"{STEPS - SAVED} steps trained again",
+        lost_steps=STEPS - SAVED,
     )
     return expected
 
@@ -146,7 +146,7 @@ async def resumed(policy: Policy, expected: list[dict[str, float]], kept: Checkp
         passed=equal and found.step == SAVED,
         happened=f"restored in {seconds:.1f} s; steps {found.step + 1} to {STEPS} "
         + ("again to the bit" if equal else f"again with losses up to {gap:.2g} apart"),
-        lost=f"{len(again)} steps trained again",
+        lost_steps=len(again),
     )
     held = await policy.weights_digest("float32")
     uri = await policy.export(out)

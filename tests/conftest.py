@@ -1,6 +1,8 @@
 """Fixtures that every test may ask for: an S3 bucket behind a real HTTP server, and a place on disk or S3."""
 
 import os
+import time
+from contextlib import contextmanager
 from uuid import uuid4
 
 import pytest
@@ -18,6 +20,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("fault"):
             item.user_properties.append(("fault", True))
+
+
+@pytest.fixture
+def noticed(record_property):
+    """A context in which a fault is made and noticed: its seconds go to the scorecard."""
+
+    @contextmanager
+    def timed():
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            record_property("detected_s", time.monotonic() - start)
+
+    return timed
 
 
 @pytest.fixture(scope="session")

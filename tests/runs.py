@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -107,6 +108,18 @@ def result_of(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """The JSON that a step printed last."""
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return json.loads(process.stdout[process.stdout.index("\n{\n") :])
+
+
+def steps_done(folder: Path, stage: str) -> int:
+    """Steps on record in a run's metrics."""
+    file = folder / "metrics" / f"{stage}.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def steps_again(done: int, resumed: subprocess.CompletedProcess[str]) -> int:
+    """Of `done` steps those that a run trained a second time: it went on from the checkpoint that it names."""
+    found = re.search(r"continuing after step (\d+) of", resumed.stdout)
+    return done - int(found[1] if found else 0)
 
 
 def metrics(path: Path) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.workflow.ledger_file import read_ledger
-from runs import Prepared, metrics, prepared, result_of, run_step, small_config
+from runs import Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
 from steps.audit import audit
 
 STEPS, STALENESS = 9, 2
@@ -65,9 +65,14 @@ PLACES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", random.Random(20261129).sample(PLACES, 3))
 @pytest.mark.fault("F50", outcome="RESUME")
-def test_a_kill_at_a_random_place_loses_no_prompt_and_repeats_none(base: Prepared, tmp_path: Path, fault: str):
+def test_a_kill_at_a_random_place_loses_no_prompt_and_repeats_none(
+    base: Prepared, tmp_path: Path, fault: str, record_property
+):
     assert grpo(base, tmp_path, fault=fault).returncode != 0
-    check(tmp_path, result_of(grpo(base, tmp_path)))
+    done = steps_done(tmp_path, "grpo")
+    resumed = grpo(base, tmp_path)
+    check(tmp_path, result_of(resumed))
+    record_property("lost_steps", steps_again(done, resumed))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import safetensors.torch
 
-from runs import Prepared, metrics, prepared, result_of, run_step, small_config
+from runs import Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
 from saves import files_of
 
 CONFIG = small_config()
@@ -47,10 +47,14 @@ def uninterrupted(base: Prepared, tmp_path_factory: pytest.TempPathFactory) -> d
     ],
 )
 @pytest.mark.fault("F1", outcome="RESUME")
-def test_driver_killed_between_steps_resumes_bitwise(base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str):
+def test_driver_killed_between_steps_resumes_bitwise(
+    base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str, record_property
+):
     killed = grpo(base, tmp_path, fault=fault)
     assert killed.returncode == -9
+    done = steps_done(tmp_path, "grpo")
     resumed = grpo(base, tmp_path)
+    record_property("lost_steps", steps_again(done, resumed))
     assert result_of(resumed)["ledger"] == uninterrupted["ledger"]
     assert outcome(tmp_path) == {k: v for k, v in uninterrupted.items() if k != "ledger"}
 
@@ -67,28 +71,32 @@ def test_driver_killed_between_steps_resumes_bitwise(base: Prepared, uninterrupt
 )
 @pytest.mark.fault("F1", outcome="RESUME")
 def test_rank_killed_in_a_step_or_around_a_write_resumes_bitwise(
-    base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str, who: str
+    base: Prepared, uninterrupted: dict, tmp_path: Path, fault: str, who: str, record_property
 ):
-    _killed_rank_resumes(base, uninterrupted, tmp_path, fault=fault, who=who)
+    record_property("lost_steps", _killed_rank_resumes(base, uninterrupted, tmp_path, fault=fault, who=who))
 
 
 @pytest.mark.slow
 @pytest.mark.fault("F2", outcome="RESUME")
 def test_rank_killed_in_the_midst_of_its_second_write_resumes_bitwise(
-    base: Prepared, uninterrupted: dict, tmp_path: Path
+    base: Prepared, uninterrupted: dict, tmp_path: Path, record_property
 ):
     parts = len(safetensors.torch.load(uninterrupted["state"]["rank_00001.safetensors"]))
     fault = f"checkpoint.mid_shard.1@{parts + parts // 2}"  # the place is passed once a part
-    _killed_rank_resumes(base, uninterrupted, tmp_path, fault=fault, who="policy 1 died during ")
+    lost = _killed_rank_resumes(base, uninterrupted, tmp_path, fault=fault, who="policy 1 died during ")
+    record_property("lost_steps", lost)
 
 
-def _killed_rank_resumes(base: Prepared, uninterrupted: dict, tmp_path: Path, *, fault: str, who: str) -> None:
+def _killed_rank_resumes(base: Prepared, uninterrupted: dict, tmp_path: Path, *, fault: str, who: str) -> int:
+    """How many steps were trained again."""
     killed = grpo(base, tmp_path, fault=fault)
     assert killed.returncode != 0 and who in killed.stderr
+    done = steps_done(tmp_path, "grpo")
     resumed = grpo(base, tmp_path)
     assert "continuing after step" in resumed.stdout
     assert outcome(tmp_path) == {k: v for k, v in uninterrupted.items() if k != "ledger"}
     assert not list((tmp_path / "checkpoints" / "grpo").glob("*.tmp-*"))
+    return steps_again(done, resumed)
 
 
 @pytest.mark.fault("F9", outcome="STOP")

@@ -83,22 +83,22 @@ def test_the_last_cause_is_part_of_the_error(proxy, listed):
 
 
 @pytest.mark.fault("F17", outcome="STOP")
-def test_a_store_that_is_not_there_is_given_up_after_the_budget(s3_bucket, s3_server, monkeypatch):
+def test_a_store_that_is_not_there_is_given_up_after_the_budget(s3_bucket, s3_server, monkeypatch, noticed):
     storage.write_bytes(f"{s3_bucket}/data.bin", DATA)
     (listed,) = list_files(s3_bucket, suffixes=(".bin",))
     with FaultyS3(s3_server) as proxy:
         monkeypatch.setenv("METAFLOW_S3_ENDPOINT_URL", proxy.address)
     message = "bytes 0-1023: not read after 4 of 4 attempts.*Could not connect"
-    with ranged(listed) as file, pytest.raises(DataError, match=message):
+    with ranged(listed) as file, noticed(), pytest.raises(DataError, match=message):
         file.read(1)
 
 
 @pytest.mark.fault("F18", outcome="STOP")
-def test_a_body_that_drips_is_given_up_at_the_deadline(proxy, listed):
+def test_a_body_that_drips_is_given_up_at_the_deadline(proxy, listed, noticed):
     proxy.always = Fault.DRIPPING  # 20 s for a chunk, and never silent for as long as the read timeout
     patience = dataclasses.replace(QUICK, deadline_s=0.5, read_timeout_s=10)
     message = r"not read after 1 of 4 attempts.*: \d{1,3} of 1024 bytes had come by the deadline"
-    with ranged(listed, patience=patience) as file, pytest.raises(DataError, match=message):
+    with ranged(listed, patience=patience) as file, noticed(), pytest.raises(DataError, match=message):
         file.read_at(1500, 1)
     assert len(proxy.gets) == 1
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from posttrain.workflow.stopping import EXIT_CODE
-from runs import ROOT, Prepared, metrics, prepared, result_of, run_step, small_config
+from runs import ROOT, Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
 from saves import files_of
 from small_disk import small_disk
 
@@ -57,13 +57,15 @@ def uninterrupted(base: Prepared, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.mark.fault("F3", outcome="RESUME")
 def test_a_sigterm_saves_after_the_step_and_the_retry_goes_on_bitwise(
-    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path
+    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, record_property
 ):
     stopped = train(base, tmp_path, fault="term:loop.before_train@5")
     assert stopped.returncode == EXIT_CODE, stopped.stderr[-2000:]
     assert "PreemptedError: stopped by SIGTERM after step 5, which is saved" in stopped.stderr
     assert steps_saved(tmp_path) == ["step_000003", "step_000005"]
+    done = steps_done(tmp_path, "warmup")
     resumed = train(base, tmp_path)
+    record_property("lost_steps", steps_again(done, resumed))
     assert f"continuing after step 5 of {STEPS}" in resumed.stdout
     result_of(resumed)
     assert outcome(tmp_path) == uninterrupted
@@ -85,10 +87,13 @@ PLACES = [
 @pytest.mark.parametrize("fault", random.Random(20261128).sample(PLACES, 5))
 @pytest.mark.fault("F1", outcome="RESUME")
 def test_a_kill_at_a_random_place_resumes_bitwise(
-    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, fault: str
+    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, fault: str, record_property
 ):
     assert train(base, tmp_path, fault=fault).returncode != 0
-    result_of(train(base, tmp_path))
+    done = steps_done(tmp_path, "warmup")
+    resumed = train(base, tmp_path)
+    result_of(resumed)
+    record_property("lost_steps", steps_again(done, resumed))
     assert outcome(tmp_path) == uninterrupted
 
 
@@ -107,15 +112,17 @@ def test_two_kills_of_one_run_resume_bitwise(base: Prepared, uninterrupted: dict
 @pytest.mark.slow
 @pytest.mark.fault("F19", outcome="RESUME")
 def test_a_flipped_bit_in_a_shard_falls_back_and_trains_to_the_same_bytes(
-    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path
+    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, record_property
 ):
     assert train(base, tmp_path, fault="loop.before_train@8").returncode != 0
+    done = steps_done(tmp_path, "warmup")
     assert steps_saved(tmp_path) == ["step_000003", "step_000006"]
     shard = tmp_path / "checkpoints" / "warmup" / "step_000006" / "rank_00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     resumed = train(base, tmp_path)
+    record_property("lost_steps", steps_again(done, resumed))
     assert "rank_00001.safetensors" in resumed.stdout and "differs from its hash" in resumed.stdout
     assert f"continuing after step 3 of {STEPS}" in resumed.stdout
     result_of(resumed)
@@ -174,7 +181,9 @@ def test_a_second_sigterm_ends_at_once_and_the_checkpoint_is_whole(
     running.send_signal(signal.SIGTERM)
     assert running.wait(timeout=10) == -signal.SIGTERM
     record_property("detected_s", time.monotonic() - start)
+    done = steps_done(tmp_path, "warmup")
     resumed = train(base, tmp_path)
+    record_property("lost_steps", steps_again(done, resumed))
     assert f"continuing after step 3 of {STEPS}" in resumed.stdout
     result_of(resumed)
     assert outcome(tmp_path) == uninterrupted
@@ -191,6 +200,7 @@ def test_a_stopped_rank_ends_the_run_at_the_deadline_with_its_host_and_all_stack
     start = time.monotonic()
     assert running.wait(timeout=deadline_s + 30) not in (0, EXIT_CODE)
     record_property("detected_s", time.monotonic() - start)
+    record_property("lost_steps", steps_done(tmp_path, "warmup") - int(steps_saved(tmp_path)[-1].removeprefix("step_")))
     log = (tmp_path / "log").read_text()
     assert re.search(rf"WorkerHungError: policy [01]: train_step\(\) did not finish within {deadline_s} s", log)
     assert re.search(r"policy 1 is process \d+ on \S+ and does not answer", log)
@@ -207,7 +217,7 @@ def disk_size(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.fault("F12", outcome="CONTINUE")
 def test_a_full_disk_costs_saves_and_not_the_run_and_with_room_it_goes_on(
-    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, disk_size
+    base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, disk_size, record_property
 ):
     state_kib = sum(map(len, uninterrupted["state"].values())) // 1024
     disk_size(int(1.5 * state_kib))
@@ -218,7 +228,10 @@ def test_a_full_disk_costs_saves_and_not_the_run_and_with_room_it_goes_on(
     seen = metrics(tmp_path / "metrics" / "warmup.jsonl")
     assert [row.get("checkpoint/failures") for row in seen] == [None] * 6 + [1.0, 1.0]
     disk_size(10 * state_kib)
+    done = steps_done(tmp_path, "warmup")
     resumed = train(base, tmp_path)
+    record_property("lost_saves", seen[-1]["checkpoint/failures"])
+    record_property("lost_steps", steps_again(done, resumed))
     assert f"continuing after step 3 of {STEPS}" in resumed.stdout
     result_of(resumed)
     assert outcome(tmp_path) == uninterrupted

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain.config import RunConfig
 from posttrain.workflow.ledger_file import read_ledger
-from runs import Prepared, metrics, prepared, result_of, run_step, small_config
+from runs import Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
 from steps.audit import audit
 
 STEPS = 12
@@ -47,12 +47,15 @@ def uninterrupted(base: tuple[str, Prepared], tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.fault("F13", outcome="RESUME")
 def test_two_kills_and_one_two_and_four_ranks_train_the_same_global_batches(
-    base: tuple[str, Prepared], uninterrupted: dict[str, Any], tmp_path: Path
+    base: tuple[str, Prepared], uninterrupted: dict[str, Any], tmp_path: Path, record_property
 ):
     assert train(base, tmp_path, ranks=1, fault="loop.before_train@4").returncode == -9
+    done = steps_done(tmp_path, "warmup")
     second = train(base, tmp_path, ranks=2, fault="loop.before_train@6")
     assert second.returncode == -9 and f"warmup: continuing after step 2 of {STEPS}" in second.stdout
+    lost, done = steps_again(done, second), steps_done(tmp_path, "warmup")
     last = train(base, tmp_path, ranks=4)
+    record_property("lost_steps", max(lost, steps_again(done, last)))
     assert f"warmup: continuing after step 6 of {STEPS}" in last.stdout
     assert result_of(last)["ledger"] == uninterrupted["ledger"]
     assert read_ledger(f"{tmp_path}/ledger/warmup.jsonl") == uninterrupted["rows"]

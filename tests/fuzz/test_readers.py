@@ -89,6 +89,12 @@ def test_a_sound_file_that_is_cut_or_torn_apart(
     assert insert or cut == len(data) or found is None, "a file that is cut is refused"
 
 
+@pytest.mark.fault("F29", outcome="REFUSE")
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "found").iterdir()), ids=lambda file: file.name)
+def test_what_was_found_once_is_refused_for_ever(tmp_path: Path, file: Path):
+    assert read(tmp_path, file.name, file.read_bytes()) is None
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

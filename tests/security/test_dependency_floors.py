@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -36,3 +37,10 @@ def test_the_pinned_versions_are_those_that_are_allowed():
         if name in pins:
             assert requirement.specifier.contains(pins[name].split("+")[0]), f"{name}=={pins[name]}"
     assert "torch" in pins
+
+
+def test_a_release_waits_for_the_audit_of_its_dependencies():
+    jobs = yaml.safe_load((Path(__file__).parents[2] / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    audited = [name for name, job in jobs.items() if any("pip_audit" in step.get("run", "") for step in job["steps"])]
+    assert audited and jobs["publish"]["needs"] in audited
+    assert not any(step.get("continue-on-error") for name in audited for step in jobs[name]["steps"])

@@ -1,10 +1,13 @@
 """Files that someone made to do harm: nothing of them is executed, and nothing outside their folder read or written."""
 
 import ast
+import io
 import json
 import os
 import pickle
 import shutil
+import tarfile
+import zipfile
 from pathlib import Path
 
 import boto3
@@ -267,10 +270,69 @@ def test_an_import_path_is_a_name_and_no_code(path: str):
         load_config(json.dumps({"base": str(ROOT / "configs" / "grpo_tiny.yaml"), "reward.function": path}))
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "rows.jsonl\0.parquet", "a\0b"])
-def test_what_is_no_data_is_not_read_as_data(name: str):
+NAMES = [
+    *("../../etc/passwd", "/etc/passwd", "rows.jsonl\0.parquet", "a\0b", "file:///etc/passwd"),
+    *("http://169.254.169.254/latest/meta-data", "hf://someone/evil", "someone/evil", "git+ssh://evil/x.jsonl"),
+    *("$(touch MARK).jsonl", "| touch MARK", "`touch MARK`.parquet", "x; touch MARK; .jsonl"),
+]
+
+
+@pytest.mark.fault("F20", outcome="REFUSE")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_data_is_no_command_no_address_and_no_file_of_another_kind(name: str, mark: Path, monkeypatch):
+    import socket
+
+    def nobody(*address: object, **_: object):
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", nobody)
+    with pytest.raises((DataError, ConfigError)):
+        check_source(name.replace("MARK", str(mark)), key="data.sources[0]")
+    assert not mark.exists()
+
+
+def zipped(file: Path) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("../escaped", "x")
+        archive.writestr("rows.jsonl", '{"text": "x"}')
+
+
+def tarred(file: Path) -> None:
+    with tarfile.open(file, "w:gz") as archive:
+        info = tarfile.TarInfo("../escaped")
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"x"))
+
+
+@pytest.mark.fault("F20", outcome="REFUSE")
+@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize("name", ["rows.zip", "rows.tar.gz", "rows.jsonl", "rows.parquet", "rows.arrow"])
+def test_an_archive_is_not_unpacked_whatever_it_is_called(tmp_path: Path, pack, name: str):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pack(folder / name)
     with pytest.raises(DataError):
-        check_source(name, key="data.sources[0]")
+        source = Source(str(folder / name), key="data.sources[0]")
+        errors = [record for _, _, record in source.in_order() if isinstance(record, RowError)]
+        raise DataError(f"{len(errors)} of {source.num_rows} lines are none") if errors else AssertionError(name)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [name]
+
+
+@pytest.mark.fault("F20", outcome="REFUSE")
+def test_an_archive_in_place_of_the_weights_is_refused(model: Path):
+    for pack in (zipped, tarred):
+        pack(model / "model.safetensors")
+        with pytest.raises(ModelError):
+            load_decoder(model)
+    assert not (model.parent / "escaped").exists()
+
+
+def test_nothing_in_the_library_unpacks_an_archive():
+    unpacking = {"zipfile", "tarfile", "unpack_archive", "extractall"}
+    for path in (file for part in ("lib", "steps", "flows") for file in (ROOT / part).rglob("*.py")):
+        found = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        found |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not found & unpacking, path
 
 
 @pytest.mark.parametrize(

@@ -51,3 +51,16 @@ def test_a_teacher_that_is_the_policy_has_nothing_to_teach_at_first(tmp_path: Pa
     rows = metrics(tmp_path / "metrics" / "grpo.jsonl")
     assert rows[0]["policy/teacher_kl"] == pytest.approx(0, abs=1e-5) and abs(rows[0]["loss"]) < 1e-5
     assert rows[0]["policy/mismatch_abs"] < 1e-5, "and the packs' columns are in order"
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F44", outcome="CONTINUE")
+def test_a_run_whose_policy_runs_away_says_so_once_and_goes_on(tmp_path: Path):
+    config = small_config(**{"method.kl_coef": 0.0, "optim.lr": 0.3, "optim.num_steps": 12, "warmup": None})
+    base = prepared(tmp_path, config)
+    ended = grpo(config, base, tmp_path)
+    result_of(ended)
+    rows = metrics(tmp_path / "metrics" / "grpo.jsonl")
+    assert rows[-1]["policy/kl"] > 2 and rows[-1]["watch/steps"] > 0
+    told = [line for line in ended.stdout.splitlines() if "grpo: WARNING: step" in line and "policy/kl is" in line]
+    assert len(told) == 1 and "above 2: the policy is far from its reference. Fix: " in told[0]

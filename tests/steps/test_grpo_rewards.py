@@ -20,12 +20,13 @@ def run(tmp_path: Path, function: str, **overrides: Any) -> dict[str, Any]:
 
 
 @pytest.mark.fault("F45", outcome="CONTINUE")
-def test_one_failing_prompt_is_dropped_and_replaced(tmp_path: Path):
+def test_one_failing_prompt_is_dropped_and_replaced(tmp_path: Path, record_property):
     # 40 prompts, 10 steps of 4: every prompt is drawn once, so exactly one group fails.
     result = run(tmp_path, "one_prompt_raises", **{"optim.num_steps": 9})
     assert result["ledger"]["dropped"] == {"reward_error": 1}
     assert result["ledger"]["trained"] == 9 * 4
     assert result["ledger"]["drawn"] == 9 * 4 + 1
+    record_property("lost_groups", result["ledger"]["dropped"]["reward_error"])
 
 
 @pytest.mark.slow
@@ -52,11 +53,12 @@ def test_a_reward_that_keeps_failing_stops_the_run_past_its_budget(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.fault("F48", outcome="CONTINUE")
-def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
+def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path, record_property):
     result = run(tmp_path, "varies_for_half_of_the_prompts", **{"method.replace_silent": True})
     ledger = result["ledger"]
     assert ledger["trained"] == 2 * 4, "every trained step is whole"
     assert ledger["dropped"]["no_signal"] > 0
+    record_property("lost_groups", ledger["dropped"]["no_signal"])
     assert ledger["drawn"] == ledger["trained"] + ledger["dropped"]["no_signal"]
 
 

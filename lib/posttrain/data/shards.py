@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 
 from posttrain.data import json_lines
 from posttrain.data.files import File, machine_cache, open_file
+from posttrain.data.parquet_footer import row_group_ranges
 from posttrain.data.ranged import CHUNK_BYTES, RangedFile
-from posttrain.errors import DataError, RowError
+from posttrain.errors import DataError, PosttrainError, RowError
 
 SUFFIXES = (".jsonl", ".parquet", ".arrow")
 
-_UNDECODABLE = (pa.ArrowException, UnicodeDecodeError, MemoryError)
-"""What pyarrow raises on damaged bytes; the last of lengths that the damage claims."""
+_UNDECODABLE = (pa.ArrowException, ValueError, MemoryError, RuntimeError)
+"""What pyarrow raises on damaged bytes; MemoryError of lengths that the damage claims, RuntimeError of a Parquet footer
+whose statistics do not add up."""
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
@@ -66,6 +68,8 @@ def index(file: File) -> Shard:
         if file.uri.endswith(".arrow"):
             return _index_arrow(file)
         return _index_lines(file)
+    except PosttrainError:
+        raise  # of the store, which has its own name for it
     except (*_UNDECODABLE, EOFError) as error:
         kind = file.uri.rsplit(".", 1)[-1]
         raise DataError(
@@ -103,6 +107,8 @@ class Reader:
                 return _sound(self._parquet.read_row_group(block, use_threads=False))
             if uri.endswith(".arrow"):
                 return pa.Table.from_batches([_sound(self._batch(block))])
+        except PosttrainError:
+            raise
         except (*_UNDECODABLE, OSError) as error:  # a page's checksum is an OSError
             raise DataError(f"{uri}, block {block}: its bytes are damaged: {error}; write the file again") from None
         at = self.shard.blocks[block]
@@ -189,12 +195,14 @@ def _index_parquet(file: File) -> Shard:
         raw.seek(max(0, file.size - 8 - int.from_bytes(tail[:4], "little")))
         footer = raw.read()
         meta = pq.ParquetFile(raw).metadata
+        ranges = row_group_ranges(footer)
+        if len(ranges) != meta.num_row_groups:
+            raise ValueError(
+                f"its footer has {len(ranges)} row groups to one reader and {meta.num_row_groups} to another"
+            )
         blocks = []
-        for number in range(meta.num_row_groups):
+        for number, (first, length) in enumerate(ranges):
             group = meta.row_group(number)
-            columns = [group.column(c) for c in range(group.num_columns)]
-            first = min((c.dictionary_page_offset or c.data_page_offset for c in columns), default=0)
-            length = sum(c.total_compressed_size for c in columns)
             blocks.append(Block(rows=group.num_rows, bytes=group.total_byte_size, offset=first, length=length))
     return Shard(file=file, fingerprint=hashlib.sha256(footer).hexdigest(), blocks=tuple(b for b in blocks if b.rows))
 

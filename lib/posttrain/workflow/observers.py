@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from posttrain import storage
 from posttrain.data.types import Rollout
 from posttrain.workflow.rollouts import DroppedGroup
+from posttrain.workflow.watch import Watch
 
 Metrics = dict[str, float]
 
@@ -95,21 +96,24 @@ class MetricsFile:
 
 
 class Observers:
-    """Several observers as one, and the history that a checkpoint keeps."""
+    """Several observers as one, the history that a checkpoint keeps, and the watch over it."""
 
     def __init__(self, observers: Sequence[Any]):
         self.observers = list(observers)
         self.history: list[Metrics] = []
+        self.watch = Watch()
 
     def restore(self, history: Sequence[Metrics]) -> None:
-        self.history = list(history)
+        self.history, self.watch = list(history), Watch(history)
         for observer in self.observers:
             observer.restore(self.history)
 
     def step(self, metrics: Metrics) -> None:
+        metrics = metrics | self.watch.seen(metrics)
         self.history.append(metrics)
         for observer in self.observers:
             observer.step(metrics)
+        self.note(self.watch.notes)
 
     def rollouts(self, step: int, groups: Sequence[Sequence[Rollout]], dropped: Sequence[DroppedGroup] = ()) -> None:
         for observer in self.observers:

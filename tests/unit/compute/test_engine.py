@@ -101,16 +101,32 @@ def test_restored_state_continues_bitwise(tmp_path: Path, precision: str):
 
 
 @pytest.mark.fault("F42", outcome="STOP")
-def test_nan_stops_before_the_weights_change(tmp_path: Path):
+def test_nan_stops_before_the_weights_change(tmp_path: Path, noticed):
     engine = tiny_engine(str(tiny_model(tmp_path)), one_rank())
     before = [p.detach().clone() for p in engine.model.parameters()]
     (first, *_), loss = packs_of(0), SFTLoss()
     batch = collate(first, pack_tokens=64)
     batch.loss_mask[0] = float("nan")
-    with pytest.raises(ComputeError, match="the weights were not changed"):
+    with noticed(), pytest.raises(ComputeError, match="the weights were not changed"):
         engine.train_step(0, [batch], loss, denominator=first.loss_tokens)
     assert all(torch.equal(p, q) for p, q in zip(engine.model.parameters(), before, strict=True))
     assert all(p.grad is None for p in engine.model.parameters())
+
+
+@pytest.mark.fault("F44", outcome="STOP")
+@pytest.mark.parametrize("kl", [math.inf, math.nan])
+def test_a_kl_that_is_no_number_stops_before_the_weights_change_though_the_gradient_is_one(tmp_path: Path, kl: float):
+    def loss_fn(output, batch):
+        loss, metrics = SFTLoss()(output, batch)
+        return loss, metrics | {"kl": torch.full((), kl)}
+
+    loss_fn.reads, loss_fn.temperature = SFTLoss.reads, 1.0
+    engine = tiny_engine(str(tiny_model(tmp_path)), one_rank())
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    first = packs_of(0)[0]
+    with pytest.raises(ComputeError, match=r"'kl': (inf|nan).*the weights were not changed"):
+        engine.train_step(0, [collate(first, pack_tokens=64)], loss_fn, denominator=first.loss_tokens)
+    assert all(torch.equal(p, q) for p, q in zip(engine.model.parameters(), before, strict=True))
 
 
 def test_bfloat16_with_masters_follows_float32(tmp_path: Path):

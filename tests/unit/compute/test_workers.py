@@ -102,10 +102,11 @@ def test_the_error_of_an_actor_names_host_and_process_and_shows_its_log(mortal: 
 
 
 @pytest.mark.fault("F11", outcome="STOP")
-def test_a_death_for_want_of_memory_is_told_from_any_other(cluster, tmp_path):
+def test_a_death_for_want_of_memory_is_told_from_any_other(cluster, tmp_path, noticed):
     group = ActorGroup("worker", Starved, [{"rank": 0, "cgroups": str(tmp_path)}], Pool(cpus=0))
     asyncio.run(group.call("pid", timeout_s=60))
-    with pytest.raises(WorkerDiedError, match=r"worker 0 died[^\n]*\nout of host memory: .*oom_kill 0 -> 1"):
+    message = r"worker 0 died[^\n]*\nout of host memory: .*oom_kill 0 -> 1"
+    with noticed(), pytest.raises(WorkerDiedError, match=message):
         asyncio.run(group.call("take_too_much", timeout_s=60))
     group.kill()
 

@@ -37,6 +37,12 @@ def calls(folder: Path) -> list[tuple[int, list[int]]]:
     return [(version, seeds) for version, *seeds in lines]
 
 
+def asked_again(folder: Path) -> int:
+    """Requests that were sampled more than once."""
+    seeds = [seed for _, asked in calls(folder) for seed in asked]
+    return len(seeds) - len(set(seeds))
+
+
 def gone(pid: int) -> bool:
     """Whether a process has ended, or does within a moment of its kill."""
     try:
@@ -131,6 +137,7 @@ def test_a_generator_that_dies_is_replaced_and_its_requests_are_asked_again_once
 
     assert use("DiesOnce", tmp_path, ask) == ([5, 5, 5], 1)
     assert calls(tmp_path) == [(5, [0, 1, 2]), (5, [0, 1, 2])]
+    record_property("lost_requests", asked_again(tmp_path))
     assert "generator 0 died and is replaced" in capsys.readouterr().out
 
 
@@ -148,10 +155,15 @@ def test_a_generator_that_died_idle_is_replaced_by_the_next_sync(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.fault("F6", outcome="STOP")
-def test_more_deaths_than_may_be_stop_the_run(tmp_path: Path):
+def test_more_deaths_than_may_be_stop_the_run(tmp_path: Path, noticed):
     message = r"(?s)generator 0 died during generate\(\).*2 generators died or hung, rollout.max_failures is 1"
+
+    async def ask(generators):
+        with noticed():
+            await generators.generate(requests(1))
+
     with pytest.raises(WorkerDiedError, match=message):
-        use("DiesWhenAsked", tmp_path, lambda generators: generators.generate(requests(1)))
+        use("DiesWhenAsked", tmp_path, ask)
 
 
 @pytest.mark.fault("F7", outcome="CONTINUE")
@@ -167,6 +179,7 @@ def test_a_generator_that_hangs_is_killed_and_replaced_and_its_requests_are_aske
 
     assert use("HangsOnce", tmp_path, ask, timeout_s=4) == ([5, 5, 5], 1)
     assert calls(tmp_path) == [(5, [0, 1, 2]), (5, [0, 1, 2])]
+    record_property("lost_requests", asked_again(tmp_path))
     said = "generator 0 hung, is killed and is replaced: generator 0: generate() did not finish within 4 s"
     assert said in capsys.readouterr().out
 
@@ -192,10 +205,11 @@ def test_a_generator_that_stopped_idle_is_replaced_by_the_next_sync(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.fault("F7", outcome="STOP")
-def test_a_sync_whose_weights_do_not_come_is_not_blamed_on_the_generator(tmp_path: Path):
+def test_a_sync_whose_weights_do_not_come_is_not_blamed_on_the_generator(tmp_path: Path, noticed):
     async def ask(generators):
         never = generators.group.start(1, "generate", requests(1))
-        await generators.sync(6, lambda rank: never if rank == 0 else {})
+        with noticed():
+            await generators.sync(6, lambda rank: never if rank == 0 else {})
 
     with pytest.raises(WorkerHungError, match="waited for weights that did not come: the policy hangs"):
         use("Hangs", tmp_path, ask, count=2, concurrency=2, timeout_s=4)
@@ -203,7 +217,7 @@ def test_a_sync_whose_weights_do_not_come_is_not_blamed_on_the_generator(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.fault("F7", outcome="STOP")
-def test_a_generator_that_hangs_for_good_stops_the_run_past_the_budget(tmp_path: Path):
+def test_a_generator_that_hangs_for_good_stops_the_run_past_the_budget(tmp_path: Path, noticed):
     message = r"(?s)generator 0: generate\(\) did not finish.*2 generators died or hung, rollout.max_failures is 1"
 
     async def ask(generators):
@@ -214,7 +228,8 @@ def test_a_generator_that_hangs_for_good_stops_the_run_past_the_budget(tmp_path:
             generators.timeout_s = 4
 
         generators.send_weights = and_be_short
-        await generators.generate(requests(1))
+        with noticed():
+            await generators.generate(requests(1))
 
     with pytest.raises(WorkerHungError, match=message):
         use("Hangs", tmp_path, ask, timeout_s=4)

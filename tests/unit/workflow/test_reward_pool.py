@@ -54,8 +54,9 @@ def test_a_child_that_hangs_in_a_session_of_its_own_is_killed_too(tmp_path: Path
 
 
 @pytest.mark.fault("F46", outcome="CONTINUE")
-def test_a_process_that_dies_is_an_error_and_is_replaced():
-    found = run("bad_rewards:as_the_row_says", [{"does": "die"}, GOOD])
+def test_a_process_that_dies_is_an_error_and_is_replaced(noticed):
+    with noticed():
+        found = run("bad_rewards:as_the_row_says", [{"does": "die"}, GOOD])
     assert str(found[0]) == "reward 0 died during score(): exit status 3"
     assert found[1] == [(1.0, {"reward": 1.0})] * 2
 

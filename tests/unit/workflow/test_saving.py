@@ -83,7 +83,9 @@ async def step(saver: Saver, group: OneRank, number: int) -> None:
 
 
 @pytest.mark.fault("F12", outcome="CONTINUE")
-def test_three_saves_lost_to_a_full_disk_are_told_and_counted_and_the_fourth_is_good(disk, group, capsys):
+def test_three_saves_lost_to_a_full_disk_are_told_and_counted_and_the_fourth_is_good(
+    disk, group, capsys, record_property
+):
     async def train() -> None:
         with checkpoints(disk / "saved").writing() as saved:
             saver = saver_of(group, saved, every_seconds=3600.0)
@@ -93,6 +95,7 @@ def test_three_saves_lost_to_a_full_disk_are_told_and_counted_and_the_fourth_is_
                 await step(saver, group, number)
                 assert saver.metrics() == {"checkpoint/failures": number - 1}
                 assert saved.latest().step == 1, "the last good one stays"
+            record_property("lost_saves", saver.metrics()["checkpoint/failures"])
             others.unlink()
             await step(saver, group, 5)
             assert saved.latest().step == 5 and saver.failures == 3
@@ -103,14 +106,14 @@ def test_three_saves_lost_to_a_full_disk_are_told_and_counted_and_the_fourth_is_
 
 
 @pytest.mark.fault("F12", outcome="STOP")
-def test_a_run_stops_once_more_work_is_unsaved_than_it_may_lose(disk, group):
+def test_a_run_stops_once_more_work_is_unsaved_than_it_may_lose(disk, group, noticed):
     async def train() -> None:
         with checkpoints(disk / "saved").writing() as saved:
             saver = saver_of(group, saved, every_seconds=0.05)
             await step(saver, group, 1)
             fill(disk)
             start = time.monotonic()
-            with pytest.raises(StorageError, match="are needed"):
+            with noticed(), pytest.raises(StorageError, match="are needed"):
                 for number in range(2, STEPS * 1000):
                     await step(saver, group, number % (STEPS - 1))
             assert time.monotonic() - start > LOST_WORK_SAVES * 0.05 - 0.05 and saver.failures > 1
