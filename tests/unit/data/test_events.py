@@ -15,6 +15,7 @@ from posttrain.data.item_tokens import PlainItems
 from posttrain.data.row_reader import RowReader
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.train_tokenizer import word_tokenizer
+from posttrain.data.turn_numbers import Numbers
 from posttrain.errors import DataError, RowError
 
 NOON = datetime(2025, 3, 3, 12)  # a Monday
@@ -237,7 +238,9 @@ def test_labels_of_the_last_answer_become_what_score_heads_learn(tokenizer):
     (row,) = rows(check_events(events, schema, where="x"), schema)
     assert row["minutes"] == 40.5
     read = RowReader(wanted="conversation", keep=("minutes",))(json.loads(json.dumps(row)))
-    encoder = Encoder(tokenizer, wanted="conversation", pack_tokens=64, scored=True, ratings=("minutes",))
+    encoder = Encoder(
+        tokenizer, wanted="conversation", pack_tokens=64, scored=True, numbers=Numbers(ratings=("minutes",))
+    )
     (units,) = encoder([read])
     assert not isinstance(units, RowError)
     ((sample,),) = units
@@ -245,7 +248,7 @@ def test_labels_of_the_last_answer_become_what_score_heads_learn(tokenizer):
 
 
 def test_a_label_that_is_no_number_or_hides_what_rows_hold_is_refused():
-    with pytest.raises(DataError, match="the label action is string, no number"):
+    with pytest.raises(DataError, match="the label or feature action is string, no number"):
         check_events(table((1, 0, 1, "finish")), make_schema(labels=("action",)), where="x")
     with pytest.raises(DataError, match="labels name items"):
         make_schema(labels=("items",))
