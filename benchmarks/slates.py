@@ -25,9 +25,10 @@ from posttrain.data import event_slates
 from posttrain.data.item_tokens import ItemTokens, PlainItems
 from posttrain.data.train_tokenizer import word_tokenizer
 from posttrain.data.types import Row
+from posttrain.workflow.ranking import ranking_metrics
 
 SFT: dict[str, Any] = {"base": str(ROOT / "configs" / "events_sft.yaml"), "optim.num_steps": 300}
-BEAM = 32
+BEAM, ASKED = 32, 200
 
 
 def semantic(seed: int) -> ItemTokens:
@@ -104,13 +105,13 @@ def _trained(folder: Path, seed: int, name: str) -> str:
     names = {"data.sources": "rows", "data.held_out": "held_out", "model.fresh.tokenizer": "tokenizer"}
     own = {key: f"benchmarks.slates:{name}_{function}" for key, function in names.items()}
     config = load_config(json.dumps(SFT | own | {"seed": seed}))
-    done = train(config, **prepared(config, folder / "run").plain())
+    done = train(config, **prepared(config, folder / "run").plain(), recipe=True)
     assert done is not None
     return done["model_uri"]
 
 
 def _ndcg(uri: str, seed: int, ids: ItemTokens) -> dict[str, float]:
-    """Of one relevant item NDCG@10 is 1 / log2(1 + its rank), 0 beyond the tenth."""
+    """NDCG@10 of up to ASKED events of each kind, among the items that were out at their moments."""
     from posttrain import storage
     from posttrain.data.token_trie import trie_of
     from posttrain.data.tokenizer import BaseHFModelTokenizer
@@ -120,18 +121,23 @@ def _ndcg(uri: str, seed: int, ids: ItemTokens) -> dict[str, float]:
     world, folder = event_slates.world(seed), storage.fetch(uri)
     tokenizer = BaseHFModelTokenizer(folder)
     trie = trie_of([ids.tokens(item) for item in range(len(world.cold))], tokenizer.hf.get_vocab())
-    gains: dict[str, list[float]] = {"cold": [], "known": []}
     visits = event_slates.visits(seed, after=True)
     taken = [event_slates.history(seed, member)[place] for member, place in visits]
-    chosen = [i for kind in (True, False) for i in [n for n, e in enumerate(taken) if world.cold[e.item] == kind][:200]]
-    prompts = [tokenizer.prompt(event_slates.visit(seed, *visits[i], ids)["messages"]) for i in chosen]
-    ranked, _ = rank_items(load_decoder(folder), prompts, trie, k=BEAM, beam=BEAM)
-    for i, order in zip(chosen, ranked.tolist(), strict=True):
-        event = taken[i]
-        out = [item for item in order if world.release_times[item] <= np.datetime64(event.time)][:10]
-        gain = 1 / np.log2(2 + out.index(event.item)) if event.item in out else 0.0
-        gains["cold" if world.cold[event.item] else "known"].append(float(gain))
-    return {f"ndcg_{kind}": round(fmean(found), 4) for kind, found in gains.items()} | {"events": len(chosen)}
+    kinds = {"cold": True, "known": False}
+    chosen = {
+        kind: [n for n, e in enumerate(taken) if world.cold[e.item] == cold][:ASKED] for kind, cold in kinds.items()
+    }
+    found: dict[str, float] = {}
+    for kind, places in chosen.items():
+        prompts = [tokenizer.prompt(event_slates.visit(seed, *visits[n], ids)["messages"]) for n in places]
+        ranked, logprobs = rank_items(load_decoder(folder), prompts, trie, k=BEAM, beam=BEAM)
+        scores = np.full((len(places), len(world.cold)), -np.inf)
+        np.put_along_axis(scores, ranked, logprobs, axis=1)
+        now = np.array([taken[n].time for n in places], "datetime64[us]")
+        scores[world.release_times[None, :] > now[:, None]] = -np.inf
+        targets = np.array([taken[n].item for n in places])
+        found |= {f"ndcg_{kind}": round(ranking_metrics(scores, targets)["ndcg@10"], 4), f"events_{kind}": len(places)}
+    return found
 
 
 def _described(part: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
