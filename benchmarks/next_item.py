@@ -82,7 +82,7 @@ def our_scores(folder: str, world: World, seed: int) -> np.ndarray:
 def trained(seed: int, folder: Path, changes: dict[str, Any]) -> str:
     """Train as the config says, but for its seed, by the steps of the flow in one process; the folder of the model."""
     path = str(ROOT / "configs" / "events_sft.yaml")
-    config = load_config(json.dumps({"base": path, "seed": seed, "parallel.data": 1, **changes}))
+    config = load_config(json.dumps({"base": path, "seed": seed, **changes}))
     done = train(config, **prepared(config, folder).plain(), recipe=True)
     assert done is not None
     return str(storage.fetch(done["model_uri"]))
