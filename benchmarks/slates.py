@@ -3,7 +3,9 @@
 Two questions, three seeds, a World each:
 - slates: configs/events_grpo.yaml; the warmed-up policy beside the same after GRPO, on held-out visits.
 - cold: a model of single next items with semantic IDs beside one with an id an item, equal but for the names; NDCG@10
-  of the events after the cutoff whose item was released after it, among all items that were out at that moment.
+  of the events after the cutoff whose item was released after it, among all items that were out at that moment. Both
+  give an item that training never had its share of what its name's beginning is worth (rank_items(new=...)); an id an
+  item has no beginning, so that all new items are worth the same.
 
     python -m benchmarks.slates [--seeds 0 1 2] [--parts slates cold] [--out FILE]
 """
@@ -27,8 +29,8 @@ from posttrain.data.train_tokenizer import word_tokenizer
 from posttrain.data.types import Row
 from posttrain.workflow.ranking import ranking_metrics
 
-SFT: dict[str, Any] = {"base": str(ROOT / "configs" / "events_sft.yaml"), "optim.num_steps": 300}
-BEAM, ASKED = 32, 200
+SFT: dict[str, Any] = {"base": str(ROOT / "configs" / "events_sft.yaml"), "optim.num_steps": 200}
+BEAM, ASKED = 32, 100
 
 
 def semantic(seed: int) -> ItemTokens:
@@ -130,7 +132,9 @@ def _ndcg(uri: str, seed: int, ids: ItemTokens) -> dict[str, float]:
     found: dict[str, float] = {}
     for kind, places in chosen.items():
         prompts = [tokenizer.prompt(event_slates.visit(seed, *visits[n], ids)["messages"]) for n in places]
-        ranked, logprobs = rank_items(load_decoder(folder), prompts, trie, k=BEAM, beam=BEAM)
+        ranked, logprobs = rank_items(
+            load_decoder(folder), prompts, trie, k=BEAM, beam=BEAM, new=np.flatnonzero(world.cold).tolist()
+        )
         scores = np.full((len(places), len(world.cold)), -np.inf)
         np.put_along_axis(scores, ranked, logprobs, axis=1)
         now = np.array([taken[n].time for n in places], "datetime64[us]")
