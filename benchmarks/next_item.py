@@ -121,6 +121,21 @@ def described(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a line a ranker, NDCG@10 of every seed, and means; the line of `truth` has its mean alone."""
+    by_name = {name: [each[name] for each in row["by_seed"]] for row, name in zip(results, BASELINES, strict=True)} | {
+        "ours": [each["ours"] for each in results[0]["by_seed"]]
+    }
+    seeds = [each["seed"] for each in results[0]["by_seed"]]
+    head = ["ranker", *(f"NDCG@10, seed {seed}" for seed in seeds), "mean", "of known items", "Recall@10", "MRR"]
+    lines = [head, ["---"] * len(head)]
+    for name, found in by_name.items():
+        means = [fmean(each[key] for each in found) for key in (JUDGED, f"{JUDGED}_warm", "recall@10", "mrr")]
+        lines.append([name, *(f"{value:.3f}" for value in [*(each[JUDGED] for each in found), *means])])
+    lines.append(["truth", *[""] * len(seeds), f"{results[0]['truth']:.3f}", "", "", ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -154,6 +154,27 @@ def _described(part: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return row("cold_items", "next items after the cutoff", ours=ours, baseline=baseline, unit=unit, seeds=seeds)
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: of slates a line a part of the reward, before and after RL; of cold items a line a kind of names."""
+    found = {row["benchmark"]: row["seeds"] for row in results}
+    lines = []
+    if seeds := found.get("slates"):
+        head = ["mean of a slate", *(f"seed {each['seed']}, before and after" for each in seeds)]
+        lines += [head, ["---"] * len(head)]
+        lines.append(["reward", *(f"{each['before']:.3f}, {each['after']:.3f}" for each in seeds)])
+        for part in seeds[0]["parts"]["before"]:
+            values = [[each["parts"][when][part] for when in ("before", "after")] for each in seeds]
+            lines.append([f"`{part}`", *(f"{before:.3f}, {after:.3f}" for before, after in values)])
+        lines.append([])
+    if seeds := found.get("cold_items"):
+        head = ["names", *(f"new items, seed {each['seed']}" for each in seeds), "new items", "known items"]
+        lines += [head, ["---"] * len(head)]
+        for name in ("semantic", "plain"):
+            cold, known = ([each[name][f"ndcg_{kind}"] for each in seeds] for kind in ("cold", "known"))
+            lines.append([name, *(f"{value:.3f}" for value in [*cold, fmean(cold), fmean(known)])])
+    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -75,8 +75,9 @@ def held_out_tasks(seed: int) -> Iterator[Row]:
 def _outcomes(seed: int) -> pa.Table:
     """All events, and what came of each as numbers: whether it was played, and hours."""
     table = world_and_events(seed)[0].events()
-    click = pc.cast(pc.not_equal(table["action"], "skip"), pa.float32())
-    table = table.append_column("click", click).append_column("watch_hours", pc.divide(table["watch_minutes"], 60))
+    numbers = {"click": table["action"].to_numpy() != "skip", "watch_hours": table["watch_minutes"].to_numpy() / 60}
+    for name, values in numbers.items():
+        table = table.append_column(name, pa.array(values.astype("float32")))
     return check_events(table, tasks_schema(PlainItems(())), where=f"World({seed})")
 
 

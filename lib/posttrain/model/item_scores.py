@@ -40,7 +40,7 @@ def item_scores(
     """
     columns, ids = _columns(tokenizer, items, catalogue)
     samples, at = [], []
-    features = model.heads[SIDE].features if SIDE in model.heads else ()
+    features: Sequence[str] = model.heads[SIDE].features if SIDE in model.heads else ()  # pyright: ignore
     for each, begins in asked_answers(tokenizer, rows, features):
         beside = None if each.numbers is None else each.numbers[:-1]
         samples.append(replace(shift(each.token_ids, each.loss_mask), features=beside))
