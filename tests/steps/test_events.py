@@ -59,7 +59,7 @@ TASKS = {
 
 @pytest.mark.slow
 def test_one_model_learns_the_next_item_whether_it_is_played_and_for_how_long(tmp_path):
-    small = {"optim.num_steps": 24, "optim.warmup_steps": 2, "eval.every_steps": 12, "parallel.data": 1}
+    small = {"optim.num_steps": 24, "optim.warmup_steps": 2, "eval.every_steps": 12, "parallel.data": 2}
     config = events_config(**TASKS, **small, **{"method.packs_per_step": 2, "checkpoint.every_steps": 12})
     run = prepared(tmp_path, config)
     samples = [sample for (sample,) in held_out_units(run.tokens_uri)]
