@@ -1,16 +1,15 @@
 """Does a decoder over events rank the next item better than what is simpler? Three worlds, every ranker on each.
 
-Ours is configs/events_sft.yaml, run as a flow; popularity, item-kNN and SASRec read the same events before the
-cutoff. All rank the whole catalogue, cold items included, at every play since the cutoff, after all that lies before
-it. `truth` ranks by the world's own probabilities: no ranker can do better. Writes benchmarks/results/next_item.json.
+Ours is configs/events_sft.yaml, trained by the steps of its flow; popularity, item-kNN and SASRec read the same
+events before the cutoff. All rank the whole catalogue, cold items included, at every play since the cutoff, after all
+that lies before it. `truth` ranks by the world's own probabilities: no ranker can do better. Writes
+benchmarks/results/next_item.json after every seed.
 
     python -m benchmarks.next_item [--seeds 0 1 2] [--out FILE]
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +20,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
+from benchmarks.inputs import prepared
 from benchmarks.next_item_baselines import item_knn, popularity, sasrec
+from posttrain import storage
+from posttrain.config_file import load_config
 from posttrain.data.event_world import Event, World
 from posttrain.data.event_world_rows import plain_items, schema, world_and_events
 from posttrain.data.events import rows
@@ -29,6 +31,7 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.model.item_scores import item_scores
 from posttrain.model.load import load_decoder
 from posttrain.workflow.ranking import ranking_metrics
+from steps.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 JUDGED = "ndcg@10"
@@ -76,28 +79,23 @@ def our_scores(folder: str, world: World, seed: int) -> np.ndarray:
     return item_scores(model, tokenizer, held_out, names, catalogue, pack_tokens=1024)
 
 
-def run_flow(seed: int, folder: str, changes: Sequence[str] = ()) -> str:
-    """Train as the config says, but for its seed; the exported folder."""
-    from metaflow import Run, namespace
-
-    run_id = Path(folder, f"run_id_{seed}")
-    flow = [sys.executable, str(ROOT / "flows" / "sft_flow.py"), "--config", str(ROOT / "configs" / "events_sft.yaml")]
-    words = [word for change in (f"seed={seed}", *changes) for word in ("--config-value", change)]
-    with open(Path(folder, "log"), "a") as log:
-        command = [*flow, *words, "run", "--run-id-file", str(run_id)]
-        subprocess.run(command, cwd=folder, check=True, stdout=log, stderr=subprocess.STDOUT)
-    namespace(None)
-    return Run(f"SFTFlow/{run_id.read_text()}")["end"].task.data.exported["uri"]  # pyright: ignore
+def trained(seed: int, folder: Path, changes: dict[str, Any]) -> str:
+    """Train as the config says, but for its seed, by the steps of the flow in one process; the folder of the model."""
+    path = str(ROOT / "configs" / "events_sft.yaml")
+    config = load_config(json.dumps({"base": path, "seed": seed, **changes}))
+    done = train(config, **prepared(config, folder).plain(), recipe=True)
+    assert done is not None
+    return str(storage.fetch(done["model_uri"]))
 
 
-def measure(seed: int, folder: str, changes: Sequence[str]) -> dict[str, Any]:
+def measure(seed: int, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Every ranker's metrics in the world of a seed, and NDCG@10 on warm items alone."""
     start = time.monotonic()
-    exported = run_flow(seed, folder, changes)
+    model = trained(seed, folder, changes)
     seconds = time.monotonic() - start
     world = world_and_events(seed)[0]
     scores, targets, cold = baseline_scores(world, seed)
-    scores["ours"] = our_scores(exported, world, seed)
+    scores["ours"] = our_scores(model, world, seed)
     metrics = {name: ranking_metrics(each, targets) for name, each in scores.items()}
     for name, each in scores.items():
         metrics[name] |= {"ndcg@10_warm": ranking_metrics(each[~cold], targets[~cold])[JUDGED]}
@@ -105,21 +103,9 @@ def measure(seed: int, folder: str, changes: Sequence[str]) -> dict[str, Any]:
     return {"seed": seed, "positions": len(targets), "cold": int(cold.sum()), "seconds": round(seconds), **rounded}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--config-value", action="append", default=[], help="change of the config; for trying")
-    parser.add_argument("--out", default=None)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"] = folder
-        os.environ["METAFLOW_USER"] = "benchmark"
-        os.environ["METAFLOW_CLIENT_CACHE_PATH"] = str(Path(folder, "cache"))
-        seeds = []
-        for seed in options.seeds:
-            seeds.append(measure(seed, folder, options.config_value))
-            print(seeds[-1], flush=True)
-    found = [
+def described(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for every baseline, of the seeds so far."""
+    return [
         report.row(
             "next_item",
             f"configs/events_sft.yaml against {name}: every play since the cutoff of a simulated service, all items",
@@ -133,7 +119,35 @@ def main() -> None:
         )
         for name in BASELINES
     ]
-    report.write("next_item", found, options.out)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a line a ranker, NDCG@10 of every seed, and means; the line of `truth` has its mean alone."""
+    by_name = {name: [each[name] for each in row["by_seed"]] for row, name in zip(results, BASELINES, strict=True)} | {
+        "ours": [each["ours"] for each in results[0]["by_seed"]]
+    }
+    seeds = [each["seed"] for each in results[0]["by_seed"]]
+    head = ["ranker", *(f"NDCG@10, seed {seed}" for seed in seeds), "mean", "of known items", "Recall@10", "MRR"]
+    lines = [head, ["---"] * len(head)]
+    for name, found in by_name.items():
+        means = [fmean(each[key] for each in found) for key in (JUDGED, f"{JUDGED}_warm", "recall@10", "mrr")]
+        lines.append([name, *(f"{value:.3f}" for value in [*(each[JUDGED] for each in found), *means])])
+    lines.append(["truth", *[""] * len(seeds), f"{results[0]['truth']:.3f}", "", "", ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--changes", type=json.loads, default={}, help="of the config, as JSON; for trying")
+    parser.add_argument("--out", default=None)
+    options = parser.parse_args()
+    seeds: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            seeds.append(measure(seed, Path(folder), options.changes))
+        print(json.dumps(seeds[-1]), flush=True)
+        report.write("next_item", described(seeds), options.out)
 
 
 if __name__ == "__main__":

@@ -58,17 +58,19 @@ class SASRec(nn.Module):
         return self.norm(self.blocks(x, mask=causal, is_causal=True)) @ self.item.weight[: self.none].T
 
 
-def sasrec(train: Histories, histories: Histories, items: int, *, seed: int, epochs: int = 60) -> np.ndarray:
+def sasrec(
+    train: Histories, histories: Histories, items: int, *, seed: int, epochs: int = 60, patience: int = 6
+) -> np.ndarray:
     """[N, C] logits of the epoch whose loss on each member's last training event was least; that event is in no
-    gradient."""
+    gradient. `patience` epochs without a better one end it."""
     torch.manual_seed(seed)
     model = SASRec(items)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     known = [list(each) for each in train if len(each) > 2]
     fit = _padded([each[:-1] for each in known], model)
     last = _padded([each[:-1] for each in known], model), torch.tensor([each[-1] for each in known])
-    best, kept = np.inf, model.state_dict()
-    for _ in range(epochs):
+    best, kept, at = np.inf, model.state_dict(), 0
+    for epoch in range(epochs):
         model.train()
         for rows in torch.randperm(len(fit)).split(64):
             inputs, targets = fit[rows, :-1], fit[rows, 1:]
@@ -78,7 +80,9 @@ def sasrec(train: Histories, histories: Histories, items: int, *, seed: int, epo
             optimizer.step()
         loss = F.cross_entropy(_last_logits(model, last[0]), last[1]).item()
         if loss < best:
-            best, kept = loss, {name: value.clone() for name, value in model.state_dict().items()}
+            best, kept, at = loss, {name: value.clone() for name, value in model.state_dict().items()}, epoch
+        if epoch - at == patience:
+            break
     model.load_state_dict(kept)
     return _last_logits(model, _padded(histories, model)).double().numpy()
 

@@ -3,7 +3,9 @@
 Two questions, three seeds, a World each:
 - slates: configs/events_grpo.yaml; the warmed-up policy beside the same after GRPO, on held-out visits.
 - cold: a model of single next items with semantic IDs beside one with an id an item, equal but for the names; NDCG@10
-  of the events after the cutoff whose item was released after it, among all items that were out at that moment.
+  of the events after the cutoff whose item was released after it, among all items that were out at that moment. Both
+  give an item that training never had its share of what its name's beginning is worth (rank_items(new=...)); an id an
+  item has no beginning, so that all new items are worth the same.
 
     python -m benchmarks.slates [--seeds 0 1 2] [--parts slates cold] [--out FILE]
 """
@@ -25,9 +27,10 @@ from posttrain.data import event_slates
 from posttrain.data.item_tokens import ItemTokens, PlainItems
 from posttrain.data.train_tokenizer import word_tokenizer
 from posttrain.data.types import Row
+from posttrain.workflow.ranking import ranking_metrics
 
-SFT: dict[str, Any] = {"base": str(ROOT / "configs" / "events_sft.yaml"), "optim.num_steps": 300}
-BEAM = 32
+SFT: dict[str, Any] = {"base": str(ROOT / "configs" / "events_sft.yaml"), "optim.num_steps": 200}
+BEAM, ASKED = 32, 100
 
 
 def semantic(seed: int) -> ItemTokens:
@@ -104,13 +107,13 @@ def _trained(folder: Path, seed: int, name: str) -> str:
     names = {"data.sources": "rows", "data.held_out": "held_out", "model.fresh.tokenizer": "tokenizer"}
     own = {key: f"benchmarks.slates:{name}_{function}" for key, function in names.items()}
     config = load_config(json.dumps(SFT | own | {"seed": seed}))
-    done = train(config, **prepared(config, folder / "run").plain())
+    done = train(config, **prepared(config, folder / "run").plain(), recipe=True)
     assert done is not None
     return done["model_uri"]
 
 
 def _ndcg(uri: str, seed: int, ids: ItemTokens) -> dict[str, float]:
-    """Of one relevant item NDCG@10 is 1 / log2(1 + its rank), 0 beyond the tenth."""
+    """NDCG@10 of up to ASKED events of each kind, among the items that were out at their moments."""
     from posttrain import storage
     from posttrain.data.token_trie import trie_of
     from posttrain.data.tokenizer import BaseHFModelTokenizer
@@ -120,18 +123,25 @@ def _ndcg(uri: str, seed: int, ids: ItemTokens) -> dict[str, float]:
     world, folder = event_slates.world(seed), storage.fetch(uri)
     tokenizer = BaseHFModelTokenizer(folder)
     trie = trie_of([ids.tokens(item) for item in range(len(world.cold))], tokenizer.hf.get_vocab())
-    gains: dict[str, list[float]] = {"cold": [], "known": []}
     visits = event_slates.visits(seed, after=True)
     taken = [event_slates.history(seed, member)[place] for member, place in visits]
-    chosen = [i for kind in (True, False) for i in [n for n, e in enumerate(taken) if world.cold[e.item] == kind][:200]]
-    prompts = [tokenizer.prompt(event_slates.visit(seed, *visits[i], ids)["messages"]) for i in chosen]
-    ranked, _ = rank_items(load_decoder(folder), prompts, trie, k=BEAM, beam=BEAM)
-    for i, order in zip(chosen, ranked.tolist(), strict=True):
-        event = taken[i]
-        out = [item for item in order if world.release_times[item] <= np.datetime64(event.time)][:10]
-        gain = 1 / np.log2(2 + out.index(event.item)) if event.item in out else 0.0
-        gains["cold" if world.cold[event.item] else "known"].append(float(gain))
-    return {f"ndcg_{kind}": round(fmean(found), 4) for kind, found in gains.items()} | {"events": len(chosen)}
+    kinds = {"cold": True, "known": False}
+    chosen = {
+        kind: [n for n, e in enumerate(taken) if world.cold[e.item] == cold][:ASKED] for kind, cold in kinds.items()
+    }
+    found: dict[str, float] = {}
+    for kind, places in chosen.items():
+        prompts = [tokenizer.prompt(event_slates.visit(seed, *visits[n], ids)["messages"]) for n in places]
+        ranked, logprobs = rank_items(
+            load_decoder(folder), prompts, trie, k=BEAM, beam=BEAM, new=np.flatnonzero(world.cold).tolist()
+        )
+        scores = np.full((len(places), len(world.cold)), -np.inf)
+        np.put_along_axis(scores, ranked, logprobs, axis=1)
+        now = np.array([taken[n].time for n in places], "datetime64[us]")
+        scores[world.release_times[None, :] > now[:, None]] = -np.inf
+        targets = np.array([taken[n].item for n in places])
+        found |= {f"ndcg_{kind}": round(ranking_metrics(scores, targets)["ndcg@10"], 4), f"events_{kind}": len(places)}
+    return found
 
 
 def _described(part: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -142,6 +152,27 @@ def _described(part: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
     ours, baseline = (fmean(each[name]["ndcg_cold"] for each in seeds) for name in ("semantic", "plain"))
     unit = "NDCG@10 of cold items, mean of the seeds; baseline: an id an item"
     return row("cold_items", "next items after the cutoff", ours=ours, baseline=baseline, unit=unit, seeds=seeds)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: of slates a line a part of the reward, before and after RL; of cold items a line a kind of names."""
+    found = {row["benchmark"]: row["seeds"] for row in results}
+    lines = []
+    if seeds := found.get("slates"):
+        head = ["mean of a slate", *(f"seed {each['seed']}, before and after" for each in seeds)]
+        lines += [head, ["---"] * len(head)]
+        lines.append(["reward", *(f"{each['before']:.3f}, {each['after']:.3f}" for each in seeds)])
+        for part in seeds[0]["parts"]["before"]:
+            values = [[each["parts"][when][part] for when in ("before", "after")] for each in seeds]
+            lines.append([f"`{part}`", *(f"{before:.3f}, {after:.3f}" for before, after in values)])
+        lines.append([])
+    if seeds := found.get("cold_items"):
+        head = ["names", *(f"new items, seed {each['seed']}" for each in seeds), "new items", "known items"]
+        lines += [head, ["---"] * len(head)]
+        for name in ("semantic", "plain"):
+            cold, known = ([each[name][f"ndcg_{kind}"] for each in seeds] for kind in ("cold", "known"))
+            lines.append([name, *(f"{value:.3f}" for value in [*cold, fmean(cold), fmean(known)])])
+    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
 
 
 def main() -> None:

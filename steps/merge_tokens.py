@@ -34,6 +34,7 @@ from steps.streams import (
     store_sources,
     stored_sources,
     token_units,
+    units_schema,
 )
 
 
@@ -120,7 +121,7 @@ def _write_held_out(config: RunConfig, data: Path, folder: Path, encoder: Encode
         slices += [] if column is None else [slice_of(row, column)] * len(found)
     if not units:
         raise DataError("data.held_out: no row is left to evaluate on; raise data.pack_tokens, or bring shorter rows")
-    write_units(((unit, None) for unit in units), folder / HELD_OUT_UNITS)
+    write_units(((unit, None) for unit in units), folder / HELD_OUT_UNITS, schema=units_schema(config))
     if column is not None:
         check_slices(config.eval.gate, column, slices)  # all rows of one may have been too long
         (folder / HELD_OUT_SLICES).write_text(json.dumps(slices))

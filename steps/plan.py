@@ -13,7 +13,7 @@ from typing import Any
 from posttrain import storage
 from posttrain.compute.generator.vllm import vllm_is_installed
 from posttrain.compute.verl_workers import INSTALL, verl_is_installed
-from posttrain.config import GRPO, Distill, Origin, RunConfig
+from posttrain.config import GRPO, SFT, Distill, Origin, RunConfig
 from posttrain.config_file import RECIPES
 from posttrain.data.constraint import KEY, constraint_of
 from posttrain.data.source import check_source
@@ -27,7 +27,7 @@ from posttrain.workflow.lm_eval_tasks import lm_eval_problems
 from posttrain.workflow.measures import gated
 from posttrain.workflow.trackers import missing_packages
 from steps.origin import RUN, locate
-from steps.recipes import measure_names, prompt_sets, sliced_names, trains_on_rows
+from steps.recipes import features_problem, measure_names, prompt_sets, sliced_names, trains_on_rows
 
 LIBRARIES = ("posttrain", "torch", "transformers", "ray", "metaflow", "pydantic", "numpy", "vllm")
 
@@ -99,6 +99,10 @@ def unresolved_plugins(config: RunConfig) -> list[str]:
     with suppress(ConfigError):  # that there is no such environment is told below
         rule = constraint_of(rollout.environment)
     plugins += [(key, path) for key, path in {**named, KEY: rule}.items() if path]
+    if isinstance(config.method, SFT):
+        side, tasks = config.method.side, config.method.heads.items()
+        plugins += [(f"method.heads.{name}.module", task.module) for name, task in tasks if task.module]
+        plugins += [("method.side", side)] if side else []
     problems = []
     for key, path in plugins:
         try:
@@ -108,6 +112,8 @@ def unresolved_plugins(config: RunConfig) -> list[str]:
             continue
         if not callable(found):
             problems.append(f"{key}: {path} is a {type(found).__name__}, not something to call")
+        elif key == "method.side" and (why := features_problem(found)):
+            problems.append(f"{key}: {path} {why}")
         elif key == "rollout.generator" and rule and not _takes(found, "constraint"):
             problems.append(f"{key}: {path} takes no argument `constraint`, and would not obey that of the environment")
     return problems

@@ -110,7 +110,7 @@ def open_sources(config: RunConfig, *, root: str) -> list[Source]:
 def write_data(config: RunConfig, *, root: str, folder: Path) -> None:
     """Write held-out rows, prompts and questions, and the index of the training sources, into `folder`."""
     kind, seed, slice_by = rows_of(config).held_out, config.seed, config.eval.slice_by
-    keep = (*rows_of(config).ratings, *(() if slice_by is None else (slice_by,)))
+    keep = (*rows_of(config).numbers.ratings, *(() if slice_by is None else (slice_by,)))
     held_out = read_rows(config.data.held_out, key="data.held_out", seed=seed, wanted=kind, keep=keep)
     if slice_by is not None:
         check_slices(config.eval.gate, slice_by, slices_of(held_out, slice_by))  # before anything is tokenised

@@ -1,15 +1,20 @@
 """What the recipes differ in: their rows, their loss, their prompts. Nothing else in steps/ matches on the method."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from posttrain.config import DPO, GRPO, Distill, Origin, RewardModel, RunConfig
-from posttrain.model.heads import NATIVE
+from posttrain.config import DPO, GRPO, SFT, Distill, Origin, RewardModel, RunConfig
+from posttrain.data.turn_numbers import NOTHING, Numbers
+from posttrain.errors import ConfigError
+from posttrain.model.heads import NATIVE, SIDE, HeadSpec
 from posttrain.model.lora import LoRA
 from posttrain.model.losses import Loss
 from posttrain.model.losses.distill import DivergenceLoss, TopKDistillLoss
 from posttrain.model.losses.dpo import DPOLoss
 from posttrain.model.losses.reward import BradleyTerryLoss, MultiTaskLoss, PointwiseLoss
 from posttrain.model.losses.sft import SFTLoss
+from posttrain.model.losses.tasks import TaskLoss
+from posttrain.plugin import resolve
 from posttrain.workflow.calibration import BINS
 from posttrain.workflow.measures import NOT_JUDGED, REWARDS, in_order, pass_names
 from posttrain.workflow.policy_model import Build
@@ -28,8 +33,8 @@ class Rows:
     held_out: str
     scored: bool = False
     """Scores are taken at the end of an answer: see Encoder."""
-    ratings: tuple[str, ...] = ()
-    """Columns of numbers that are kept."""
+    numbers: Numbers = NOTHING
+    """What is kept beside the text."""
 
 
 def rows_of(config: RunConfig) -> Rows:
@@ -40,12 +45,38 @@ def rows_of(config: RunConfig) -> Rows:
         case "dpo":
             return Rows(wanted="preference", held_out="preference")
         case "reward" if config.method.kind == "ratings":
-            return Rows(wanted="conversation", held_out="conversation", scored=True, ratings=config.method.attributes)
+            return Rows(
+                wanted="conversation",
+                held_out="conversation",
+                scored=True,
+                numbers=Numbers(ratings=config.method.attributes),
+            )
         case "reward":
             kind = "preference" if config.method.kind == "pairs" else "unpaired"
             return Rows(wanted=kind, held_out=kind, scored=True)
-        case "sft" | "distill":
+        case "sft":
+            numbers = Numbers(features=_features(config.method), labels=tuple(config.method.heads))
+            return Rows(wanted="conversation", held_out="conversation", numbers=numbers)
+        case "distill":
             return Rows(wanted="conversation", held_out="conversation")
+
+
+def _features(method: SFT) -> tuple[str, ...]:
+    """What the module at the model's front says that it reads."""
+    if method.side is None:
+        return ()
+    side = resolve(method.side, key="method.side")
+    if why := features_problem(side):
+        raise ConfigError(f"method.side: {method.side} {why}")
+    return tuple(side.features)
+
+
+def features_problem(side: Any) -> str:
+    """What is wrong with the names of a module at the front, if anything."""
+    names = getattr(side, "features", ())
+    if names and not isinstance(names, str) and all(isinstance(name, str) for name in names):
+        return ""
+    return f'has features = {names!r}; give it the names that it reads, as features = ("gap_hours",)'
 
 
 def loss_of(config: RunConfig, stage: str) -> Loss:
@@ -68,6 +99,11 @@ def loss_of(config: RunConfig, stage: str) -> Loss:
         case Distill():
             kind = DivergenceLoss if method.top_k is None else TopKDistillLoss
             return kind(kind=method.kind, beta=method.beta, temperature=method.temperature)
+        case SFT() if method.heads:
+            parts = [
+                (task.coef, PointwiseLoss(kind=task.kind, label=name, head=name)) for name, task in method.heads.items()
+            ]
+            return TaskLoss(policy=SFTLoss(), tasks=MultiTaskLoss(parts=tuple(parts)))
         case _:
             return SFTLoss()
 
@@ -90,6 +126,8 @@ def measures_of(config: RunConfig) -> list[tuple[Loss, dict[str, str]]]:
             return [(main, {"loss": "loss"})]
         case Distill():
             return [(main, {"loss": "divergence"}), (SFTLoss(), {"loss": "loss"})]
+        case SFT():
+            return [(SFTLoss(), {"loss": "loss"})]  # of the tokens alone, whatever heads stand beside them
         case _:
             return [(main, {"loss": "loss"})]
 
@@ -118,7 +156,7 @@ def _of_rows(config: RunConfig) -> set[str]:
     measures = measures_of(config)
     found = {name for _, names in measures for name in names.values()}
     found |= {"calibration_error"} if any(getattr(loss, "bins", 0) for loss, _ in measures) else set()
-    found |= {"abs_error"} if rows_of(config).ratings else set()
+    found |= {"abs_error"} if rows_of(config).numbers.ratings else set()
     return found | ({"perplexity"} if any(loss.reads == "tokens" for loss, _ in measures) else set())
 
 
@@ -163,6 +201,7 @@ def build_of(config: RunConfig, teacher_uri: str | None, *, trains: bool = True)
     return Build(
         lora=None if lora is None else LoRA(rank=lora.rank, alpha=lora.alpha, targets=lora.targets),
         scores=scores_of(config),
+        heads=heads_of(config),
         value_head=isinstance(method, GRPO) and method.advantage == "gae",
         teacher_uri=None if written else teacher_uri,
         seed=config.seed,
@@ -172,6 +211,14 @@ def build_of(config: RunConfig, teacher_uri: str | None, *, trains: bool = True)
 def scores_of(config: RunConfig) -> tuple[str, ...]:
     """What the outputs of the head `score` are called, of a recipe that trains one; one output has the head's name."""
     return (config.method.attributes or (NATIVE,)) if isinstance(config.method, RewardModel) else ()
+
+
+def heads_of(config: RunConfig) -> dict[str, HeadSpec]:
+    """Heads that SFT trains beside the LM head, and the module that it trains at the front."""
+    if not isinstance(config.method, SFT):
+        return {}
+    heads: dict[str, HeadSpec] = {name: task.module or 1 for name, task in config.method.heads.items()}
+    return heads if config.method.side is None else {SIDE: config.method.side, **heads}
 
 
 def trains_on_rows(config: RunConfig) -> bool:

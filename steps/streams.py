@@ -15,7 +15,7 @@ from posttrain.data.records import Format
 from posttrain.data.row_reader import RowReader
 from posttrain.data.source import Source, stored_rows
 from posttrain.data.stream import ChosenUnits, PackStream, Units, UnitSource
-from posttrain.data.token_files import TokenUnits, read_units
+from posttrain.data.token_files import BESIDE, TokenUnits, read_units, schema_with
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Unit
 from posttrain.errors import DataError
@@ -98,7 +98,9 @@ def record_units(
 def row_reader(entry: DataSource, rows: Rows, *, held_out: frozenset[bytes] = frozenset()) -> RowReader:
     """What reads one source's records."""
     format = Format(entry.format) if entry.format else None
-    return RowReader(wanted=rows.wanted, format=format, role_map=entry.role_map, held_out=held_out, keep=rows.ratings)
+    return RowReader(
+        wanted=rows.wanted, format=format, role_map=entry.role_map, held_out=held_out, keep=rows.numbers.ratings
+    )
 
 
 def make_encoder(
@@ -121,7 +123,7 @@ def make_encoder(
         tokenizer,
         wanted=rows.wanted,
         scored=rows.scored,
-        ratings=rows.ratings,
+        numbers=rows.numbers,
         pack_tokens=limit,
         over_long=config.data.over_long,
         train_on=config.data.train_on,
@@ -140,6 +142,12 @@ def check_ids(tokenizer: BaseHFModelTokenizer, shape: DecoderConfig) -> None:
             f"the tokenizer writes ids up to {tokenizer.max_id}, the model has {shape.vocab_size} embedding rows; "
             "bring the tokenizer that the model was trained with"
         )
+
+
+def units_schema(config: RunConfig) -> Any:
+    """The columns of the recipe's token files before a teacher says anything."""
+    numbers = rows_of(config).numbers
+    return schema_with(name for name in BESIDE if getattr(numbers, name))
 
 
 def reserved_hashes(folder: Path) -> frozenset[bytes]:

@@ -17,7 +17,7 @@ from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.types import Unit
 from posttrain.errors import RowError
 from posttrain.model.backend import backend_of
-from steps.streams import PROVED_ROWS, make_encoder, record_units, reserved_hashes, stored_sources
+from steps.streams import PROVED_ROWS, make_encoder, record_units, reserved_hashes, stored_sources, units_schema
 
 BATCH_ROWS = 1024
 """Rows that are tokenised in one call."""
@@ -41,7 +41,8 @@ def tokenize(config: RunConfig, *, root: str, data_uri: str, model_uri: str, par
     def write(folder: Path) -> None:
         source = _source(config, data_uri, model_uri, number)
         counts = Counts()
-        write_units(_units(config, source, range(first, end), counts), folder / "units.parquet")
+        units = _units(config, source, range(first, end), counts)
+        write_units(units, folder / "units.parquet", schema=units_schema(config))
         (folder / "counts.json").write_text(json.dumps(counts.plain()))
 
     storage.ensure_folder(uri, write)

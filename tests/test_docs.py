@@ -40,11 +40,19 @@ def test_the_performance_page_and_its_plots_are_those_of_the_results():
         assert path.read_text() == text, f"run `make docs`: {path.name} is old"
 
 
-@pytest.mark.parametrize("benchmark", ["recipes_learning", "recipes_speed"])
-def test_the_tables_of_the_recipes_are_their_results(benchmark: str):
+@pytest.mark.parametrize(
+    ("benchmark", "page"),
+    [
+        ("recipes_learning", "recipes"),
+        ("recipes_speed", "recipes"),
+        ("next_item", "events"),
+        ("slates", "semantic_ids"),
+    ],
+)
+def test_tables_in_pages_are_the_results(benchmark: str, page: str):
     module = importlib.import_module(f"benchmarks.{benchmark}")
     table = module.table(json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text()))
-    assert table in (ROOT / "docs" / "recipes.md").read_text(), f"docs/recipes.md has not the table of today:\n{table}"
+    assert table in (ROOT / "docs" / f"{page}.md").read_text(), f"docs/{page}.md has not the table of today:\n{table}"
 
 
 def sections(section: type[Section], path: str = "") -> list[tuple[str, type[Section]]]:

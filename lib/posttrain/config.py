@@ -257,6 +257,11 @@ class RunConfig(Section):
         if (critic or method.name in ("reward", "distill")) and self.model.backend != "posttrain":
             who = "method.advantage = gae" if critic else f"method {method.name}"
             problems.append(f"model.backend = transformers: {who} needs posttrain's own decoder")
+        if isinstance(method, SFT) and (method.heads or method.side):
+            if self.model.backend != "posttrain":
+                problems.append("model.backend = transformers: method.heads and side need posttrain's own decoder")
+            if method.heads and self.parallel.context > 1:
+                problems.append("parallel.context > 1 splits the answers that method.heads read; set it to 1")
         if isinstance(method, Distill) and method.top_k and self.data.tokenize == "online":
             problems.append("method.top_k writes into token files: set data.tokenize: ahead, or top_k: null")
         return problems

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config_model import Origin
-from posttrain.config_section import Section
+from posttrain.config_section import Plugin, Section
 
 
 class _Offline(Section):
@@ -15,11 +15,33 @@ class _Offline(Section):
     """Packs in one optimizer step, over all ranks."""
 
 
+class Task(Section):
+    """What a head of answers learns."""
+
+    kind: Literal["mse", "bce"]
+    """Squared error of a number, or cross-entropy of a label in 0 to 1."""
+    coef: float = Field(default=0.1, gt=0)
+    """Weight of its loss, which is divided by the trained tokens, as theirs is."""
+    module: Plugin | None = None
+    """Your own torch module, called with the hidden size, that gives one number; null is a linear map."""
+
+
 class SFT(_Offline):
     """Supervised fine-tuning: the answers of data.sources are imitated."""
 
     name: Literal["sft"]
     """The recipe."""
+    side: Plugin | None = None
+    """Your own torch module, called with the hidden size, which makes of the `features` of answers what is added to the
+    embeddings of the tokens that lead to them."""
+    heads: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Task] = Field(default={})
+    """Heads beside the LM head, by the name among the `labels` of answers that each learns, as {click: {kind: bce}}."""
+
+    @model_validator(mode="after")
+    def heads_have_names_of_their_own(self):
+        if taken := {"score", "value", "side"}.intersection(self.heads):
+            raise ValueError(f"heads: {', '.join(sorted(taken))} means another head; rename the label")
+        return self
 
 
 class DPO(_Offline):

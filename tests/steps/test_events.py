@@ -8,7 +8,7 @@ from posttrain.config_file import load_config
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import ConfigError, DataError
 from posttrain.model.load import load_decoder
-from runs import ROOT, prepared
+from runs import ROOT, metrics, prepared, result_of, run_step
 from small_events import SCHEMA
 from steps.plan import plan
 from steps.streams import held_out_units, open_stream
@@ -48,3 +48,53 @@ def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_made(tmp_pa
 def test_a_function_that_writes_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no tokenizer"):
         prepared(tmp_path, events_config(**{"model.fresh.tokenizer": "small_events:no_tokenizer"}))
+
+
+TASKS = {
+    "base": str(ROOT / "configs" / "events_tasks.yaml"),
+    "data.sources": "small_events:training_tasks",
+    "data.held_out": "small_events:held_out_tasks",
+}
+
+
+@pytest.mark.slow
+def test_one_model_learns_the_next_item_whether_it_is_played_and_for_how_long(tmp_path):
+    small = {"optim.num_steps": 24, "optim.warmup_steps": 2, "eval.every_steps": 12, "parallel.data": 2}
+    config = events_config(**TASKS, **small, **{"method.packs_per_step": 2, "checkpoint.every_steps": 12})
+    run = prepared(tmp_path, config)
+    samples = [sample for (sample,) in held_out_units(run.tokens_uri)]
+    assert all(sample.features.shape == (len(sample), 2) for sample in samples)
+    assert {float(v) for sample in samples for v in sample.labels[:, 0] if v == v} == {0.0, 1.0}
+    inputs = {"root": str(tmp_path), "model_uri": run.model_uri, "tokens_uri": run.tokens_uri, "recipe": True}
+    found = result_of(run_step("train", config, tmp_path, **inputs))
+    steps = metrics(tmp_path / "metrics" / "sft.jsonl")
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    first, last = (
+        {name: row[f"eval/{name}/loss"] / row[f"eval/{name}/labelled"] for name in ("click", "watch_hours")}
+        for row in steps
+        if "eval/loss" in row
+    )
+    assert last["click"] < 0.69 and last["watch_hours"] < 0.5, (first, last)
+    model = load_decoder(found["model_uri"])
+    assert model.config.heads == {"side": "posttrain.model.side:EventNumbers", "click": 1, "watch_hours": 1}
+    drawn = load_decoder(run.model_uri, heads=model.config.heads, seed=config.seed)
+    assert all((model.heads[name].weight - drawn.heads[name].weight).abs().max() > 1e-4 for name in model.heads)
+
+
+def test_a_module_at_the_front_that_names_no_features_is_refused(tmp_path):
+    changes = {**TASKS, "method.side": "torch.nn:Identity", "checkpoint.root": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"method\.side: torch\.nn:Identity has features = \(\); give it the names"):
+        plan(events_config(**changes), flow="SFTFlow", run_id="1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method.heads": {"value": {"kind": "bce"}}}, "value means another head"),
+        ({"parallel.context": 2, "parallel.gpus": 2}, "method.heads read"),
+        ({"model.backend": "transformers"}, "need posttrain's own decoder"),
+    ],
+)
+def test_heads_that_cannot_be_trained_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        events_config(**TASKS, **changes)

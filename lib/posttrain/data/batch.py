@@ -45,6 +45,12 @@ def collate(pack: Pack, *, pack_tokens: int) -> Batch:
         filled = [np.pad(each, ((0, 0), (0, width - len(each[0]))), constant_values=-1) for each in sets]
         assert sum(map(len, sets)) == len(loss_idx), "a set of allowed tokens for every trained token"
         extra["allowed_ids"] = torch.from_numpy(np.concatenate(filled).astype(np.int64))
+    if pack.samples[0].features is not None:
+        extra["features"] = torch.from_numpy(_beside(pack, "features", tail))
+    if pack.samples[0].labels is not None:
+        labels = _beside(pack, "labels", tail)
+        label_idx = np.flatnonzero(~np.isnan(labels).all(1))
+        extra |= {"label_idx": torch.from_numpy(label_idx), "labels": torch.from_numpy(labels[label_idx])}
     return Batch(
         input_ids=torch.from_numpy(flat("input_ids", np.int64)),
         target_ids=torch.from_numpy(flat("target_ids", np.int64)),
@@ -61,3 +67,9 @@ def collate(pack: Pack, *, pack_tokens: int) -> Batch:
         },
         **extra,
     )
+
+
+def _beside(pack: Pack, name: str, tail: int) -> np.ndarray:
+    """[T, width] float32 of what all samples have beside their tokens; NaN on the tail."""
+    columns = [getattr(sample, name) for sample in pack.samples]
+    return np.concatenate([*columns, np.full((tail, columns[0].shape[1]), np.nan, np.float32)])

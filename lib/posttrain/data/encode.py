@@ -11,7 +11,8 @@ from posttrain.data.ratings import ratings_of
 from posttrain.data.record_checks import question_key
 from posttrain.data.sample import shift
 from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded
-from posttrain.data.types import Row, Unit
+from posttrain.data.turn_numbers import NOTHING, Numbers, with_numbers
+from posttrain.data.types import Row, Sample, Unit
 from posttrain.errors import DataError, RowError
 
 OverLong = Literal["error", "drop", "truncate", "split"]
@@ -41,7 +42,7 @@ class Encoder:
         over_long: OverLong = "error",
         train_on: TrainOn = "weights",
         scored: bool = False,
-        ratings: Sequence[str] = (),
+        numbers: Numbers = NOTHING,
         prove: int = 0,
     ):
         """
@@ -49,8 +50,7 @@ class Encoder:
             wanted: "conversation", "preference", "unpaired" or "text", as in records.py.
             scored: the model is to read every answer up to its stop token, where a score is taken, and no further; a
                 pair gets the field `margin`, 0 where the row has none, and an unpaired answer the field `label`.
-            ratings: of scored conversations, the columns that become fields, NaN where a row lacks one; their last
-                answer is what is scored.
+            numbers: of conversations. Ratings, of scored ones, become fields; their last answer is what is scored.
             prove: of so many conversations, the first that come, the prompt is also rendered as it will be served and
                 compared with what is trained. (Of a pair it always is.)
         """
@@ -58,7 +58,7 @@ class Encoder:
             raise DataError("data.over_long: split cannot be used for pairs; choose error, drop or truncate")
         self.tokenizer, self.wanted = tokenizer, wanted
         self.train_on: TrainOn = train_on
-        self.scored, self.ratings = scored, ratings
+        self.scored, self.numbers = scored, numbers
         self.pack_tokens, self.over_long = pack_tokens, over_long
         self._to_prove = prove if wanted == "conversation" else 0
         steers = {*tokenizer.stop_ids, tokenizer.pad_id, tokenizer.hf.bos_token_id}
@@ -88,7 +88,7 @@ class Encoder:
         if not self.scored:
             return {}
         if self.wanted == "conversation":
-            return ratings_of(row, self.ratings)
+            return ratings_of(row, self.numbers.ratings)
         return {"label": float(row["label"])} if self.wanted == "unpaired" else {"margin": row.get("margin", 0.0)}
 
     def _encode(self, rows: Sequence[Row]) -> list[tuple[Encoded, ...] | RowError]:
@@ -100,7 +100,12 @@ class Encoder:
     def _tokenized(self, rows: Sequence[Row]) -> list[tuple[Encoded, ...] | RowError]:
         match self.wanted:
             case "conversation":
-                found = self.tokenizer.conversations(rows, "last" if self.scored else self.train_on)
+                train_on = "last" if self.scored else self.train_on
+                found = (
+                    with_numbers(self.tokenizer, rows, train_on, self.numbers)
+                    if self.numbers.of_turns
+                    else self.tokenizer.conversations(rows, train_on)
+                )
             case "unpaired":
                 found = self.tokenizer.conversations(rows, "last")
             case "preference":
@@ -123,7 +128,7 @@ class Encoder:
         if isinstance(found, RowError):
             return found
         try:
-            ratings_of(row, self.ratings) if self.ratings else None
+            ratings_of(row, self.numbers.ratings) if self.numbers.ratings else None
         except RowError as error:
             return error
         if not all(each.loss_mask[1:].any() for each in found):
@@ -164,7 +169,7 @@ class Encoder:
         else:
             pieces = [(piece,) for piece in _split(documents[0], self.pack_tokens)]
         units = [
-            tuple(replace(shift(each.token_ids, each.loss_mask), fields=fields) for each in piece)
+            tuple(replace(_shifted(each, self.numbers), fields=fields) for each in piece)
             for piece in pieces
             if all(each.loss_mask[1:].any() for each in piece)
         ]
@@ -178,6 +183,23 @@ def _up_to_the_stop(encoded: Encoded) -> Encoded:
     return Encoded(np.append(ids, ids[-1]), np.append(mask, np.float32(0)))
 
 
+def _shifted(encoded: Encoded, numbers: Numbers) -> Sample:
+    sample = shift(encoded.token_ids, encoded.loss_mask)
+    if encoded.numbers is None:
+        return sample
+    features, labels = np.split(encoded.numbers, [len(numbers.features)], axis=1)
+    return replace(
+        sample,
+        features=features[:-1] if numbers.features else None,
+        labels=labels[1:] if numbers.labels else None,
+    )
+
+
+def _part(encoded: Encoded, start: int, stop: int) -> Encoded:
+    numbers = None if encoded.numbers is None else encoded.numbers[start:stop]
+    return Encoded(encoded.token_ids[start:stop], encoded.loss_mask[start:stop], numbers)
+
+
 def _size(encoded: Encoded) -> int:
     return len(encoded.token_ids) - 1
 
@@ -186,13 +208,13 @@ def _truncate(documents: tuple[Encoded, ...], room: int) -> tuple[Encoded, ...]:
     """Keep the beginnings; of a pair, the shorter side is cut only where half the pack is too little for it."""
     shortest = min(map(_size, documents))
     most = max(room // len(documents), room - shortest * (len(documents) - 1))
-    return tuple(Encoded(each.token_ids[: most + 1], each.loss_mask[: most + 1]) for each in documents)
+    return tuple(_part(each, 0, most + 1) for each in documents)
 
 
 def _split(document: Encoded, room: int) -> list[Encoded]:
     """Pieces that predict every token once: the last token of one is the first that the next one reads."""
     starts = range(0, _size(document), room)
-    return [Encoded(document.token_ids[at : at + room + 1], document.loss_mask[at : at + room + 1]) for at in starts]
+    return [_part(document, at, at + room + 1) for at in starts]
 
 
 def _too_long(sizes: list[int], room: int) -> str:

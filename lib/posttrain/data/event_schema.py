@@ -86,8 +86,13 @@ class EventSchema:
     """The outcome belongs to the answer, and carries loss with the item: one model says what is taken, and what comes
     of it."""
     labels: tuple[str, ...] = ()
-    """Columns of numbers whose value at the last answer's event a row keeps under its name: what score heads learn,
-    by `method: {name: reward, kind: ratings, attributes: ...}`."""
+    """Columns of numbers for heads. Every answer that is to be predicted has them of its event, for `method.heads` of
+    SFT; and the row keeps those of its last answer, for `method: {name: reward, kind: ratings, attributes: ...}`."""
+    features: tuple[str, ...] = ()
+    """Columns of numbers, or of DERIVED, that every answer has as its features, for `method.side` of SFT: known before
+    the item is taken."""
+    last_features: tuple[str, ...] = ()
+    """Columns of numbers that are known after it: an answer has them of the event before, as `last_watch_minutes`."""
     session_minutes: float = 180
     """A longer pause begins a session."""
     max_events: int = 64
@@ -108,7 +113,13 @@ class EventSchema:
         return (SESSION, NEXT, OTHER_ITEM, *fields, *self.items.vocabulary)
 
     @property
+    def numbers(self) -> list[str]:
+        """Columns of a table that are read as numbers."""
+        derived = [name for name in self.features if name not in DERIVED]
+        return list(dict.fromkeys([*self.labels, *derived, *self.last_features]))
+
+    @property
     def columns(self) -> list[str]:
         """Those that a table must have."""
         fields = [each.column for each in (*self.context, *self.outcome) if each.column not in DERIVED]
-        return list(dict.fromkeys(["member", "time", "item", *fields, *self.trained, *self.labels]))
+        return list(dict.fromkeys(["member", "time", "item", *fields, *self.trained, *self.numbers]))

@@ -54,7 +54,7 @@ def world(seed: int) -> World:
 def item_ids(seed: int) -> SemanticIds:
     """Semantic IDs of what is released before the cutoff; add() names the cold ones."""
     known = np.flatnonzero(~world(seed).cold)
-    facts = {"levels": 2, "codes": 32, "last_codes": 24}
+    facts = {"levels": 2, "codes": 12, "last_codes": 24}  # few enough that a new item mostly has siblings
     return fit_semantic_ids(known.tolist(), world(seed).item_embeddings[known], **facts, seed=seed)
 
 

@@ -4,6 +4,7 @@ The same few lines over read_events(PATH, SCHEMA) in place of the world make a d
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def schema(items: ItemTokens) -> EventSchema:
         outcome=(Field(column="action", values=ACTIONS),),
         trained={"action": ("finish", "play")},
     )
+
+
+def tasks_schema(items: ItemTokens) -> EventSchema:
+    """The same with numbers beside the tokens: for method.side and method.heads of configs/events_tasks.yaml."""
+    read, told = ("gap_minutes",), ("watch_hours",)
+    return replace(schema(items), features=read, last_features=told, labels=("click", "watch_hours"))
 
 
 @lru_cache(maxsize=1)
@@ -53,6 +60,25 @@ def held_out(seed: int) -> Iterator[Row]:
     """Everything since, each event after all that lies before it."""
     world, events = world_and_events(seed)
     return rows(events, schema(plain_items(seed)), after=world.cutoff)
+
+
+def training_tasks(seed: int) -> Iterator[Row]:
+    """training(), with the numbers of tasks_schema()."""
+    return rows(_outcomes(seed), tasks_schema(plain_items(seed)), before=world_and_events(seed)[0].cutoff)
+
+
+def held_out_tasks(seed: int) -> Iterator[Row]:
+    """held_out(), with them."""
+    return rows(_outcomes(seed), tasks_schema(plain_items(seed)), after=world_and_events(seed)[0].cutoff)
+
+
+def _outcomes(seed: int) -> pa.Table:
+    """All events, and what came of each as numbers: whether it was played, and hours."""
+    table = world_and_events(seed)[0].events()
+    numbers = {"click": table["action"].to_numpy() != "skip", "watch_hours": table["watch_minutes"].to_numpy() / 60}
+    for name, values in numbers.items():
+        table = table.append_column(name, pa.array(values.astype("float32")))
+    return check_events(table, tasks_schema(PlainItems(())), where=f"World({seed})")
 
 
 def tokenizer(folder: Path, seed: int) -> None:

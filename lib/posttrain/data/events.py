@@ -8,6 +8,7 @@ Time decides what is trained: rows(before=cutoff) hold no event of the cutoff or
 none before it, which they read as history.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -71,9 +72,9 @@ def check_events(table: pa.Table, schema: EventSchema, *, where: str) -> pa.Tabl
     for name, (fits, kind) in kinds.items():
         if not fits(columns[name].type):
             raise DataError(f"{where}: column {name} is {columns[name].type}, not {kind}. Fix: cast or number it")
-    for name in schema.labels:
+    for name in schema.numbers:
         if not pa.types.is_integer(columns[name].type) and not pa.types.is_floating(columns[name].type):
-            raise DataError(f"{where}: the label {name} is {columns[name].type}, no number. Fix: cast it")
+            raise DataError(f"{where}: the label or feature {name} is {columns[name].type}, no number. Fix: cast it")
     for name, column in columns.items():
         if column.null_count:
             row = int(np.flatnonzero(column.is_null().to_numpy())[0])
@@ -101,8 +102,9 @@ def rows(
         unnamed: rows too in which no item that is asked for has a name: nothing to train on, but to be ranked.
 
     Yields:
-        messages, as above; member; items, one for each answer; asked, the answers whose event is to be predicted,
-        those included whose item has no name and so no loss; the schema's labels, of the last answer.
+        messages, as above, answers with the schema's features, and labels from the first that is asked for; member;
+        items, one for each answer; asked, the answers whose event is to be predicted, those included whose item has
+        no name and so no loss; the schema's labels, of the last answer.
     """
     if before is not None:
         table = table.filter(pc.field("time") < pa.scalar(before, pa.timestamp("us")))
@@ -113,7 +115,7 @@ def rows(
         for begin, target, stop in _windows(low, start, high, events.opens, schema.max_events):
             asked = [i for i in range(target, stop) if events.asked[i]]
             if any(unnamed or events.named[i] for i in asked):
-                yield events.row(begin, asked[-1] + 1, asked, train_outcome=schema.train_outcome)
+                yield events.row(range(begin, asked[-1] + 1), target, asked, train_outcome=schema.train_outcome)
 
 
 def question(row: Row) -> Row:
@@ -137,23 +139,29 @@ class _Events:
     """bool, of an action that is trained."""
     named: np.ndarray
     """bool, the item has a name."""
+    features: dict[str, list[float | None]]
     labels: dict[str, list[float]]
 
-    def row(self, begin: int, stop: int, asked: Sequence[int], *, train_outcome: bool) -> Row:
+    def row(self, shown: range, target: int, asked: Sequence[int], *, train_outcome: bool) -> Row:
         messages: list[dict[str, Any]] = []
         before, trained = "", {i for i in asked if self.named[i]}
-        for i in range(begin, stop):
+        for i in shown:
             answer = self.answer[i] + (self.outcome[i] if train_outcome else "")
             messages.append({"role": "user", "content": before + self.context[i]})
-            messages.append({"role": "assistant", "content": answer, "weight": int(i in trained)})
+            numbers: dict[str, Any] = {}
+            if self.features:
+                numbers["features"] = {name: values[i] for name, values in self.features.items()}
+            if self.labels and i >= target:
+                numbers["labels"] = {name: values[i] for name, values in self.labels.items()}
+            messages.append({"role": "assistant", "content": answer, "weight": int(i in trained), **numbers})
             before = "" if train_outcome else self.outcome[i]
-        member = self.member[begin]
+        member = self.member[shown.start]
         return {
             "messages": messages,
             "member": member.item() if isinstance(member, np.generic) else member,
-            "items": self.item[begin:stop],
-            "asked": [i - begin for i in asked],
-            **{name: values[stop - 1] for name, values in self.labels.items()},
+            "items": self.item[shown.start : shown.stop],
+            "asked": [i - shown.start for i in asked],
+            **{name: values[shown.stop - 1] for name, values in self.labels.items()},
         }
 
 
@@ -192,8 +200,22 @@ def _write(table: pa.Table, schema: EventSchema) -> _Events:
         opens=opens,
         asked=asked,
         named=np.array([names[number] != OTHER_ITEM for number in item], bool),
+        features=_features(table, schema, derived, member),
         labels={name: table[name].to_pylist() for name in schema.labels},
     )
+
+
+def _features(
+    table: pa.Table, schema: EventSchema, derived: dict[str, np.ndarray], member: np.ndarray
+) -> dict[str, list[float | None]]:
+    """[N] each; None where there is none, as before a member's first event."""
+    found = {name: derived[name] if name in derived else table[name].to_numpy() for name in schema.features}
+    for name in schema.last_features:
+        last = np.roll(table[name].to_numpy().astype(np.float64), 1)
+        last[[low for low, _ in _runs(member)]] = np.nan
+        found[f"last_{name}"] = last
+    plain = {name: np.asarray(values, np.float64).tolist() for name, values in found.items()}
+    return {name: [each if math.isfinite(each) else None for each in values] for name, values in plain.items()}
 
 
 def _check_field(field: Field, column: pa.ChunkedArray, where: str) -> None:

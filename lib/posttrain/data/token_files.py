@@ -42,7 +42,18 @@ TAUGHT = SCHEMA.append(pa.field("teacher_ids", pa.list_(pa.int32()))).append(
 )
 """With what a teacher said: of every token that carries loss its K likeliest, row after row."""
 
+BESIDE = ("features", "labels")
+"""Columns of what stands beside tokens (turn_numbers.py), token after token, where a recipe reads it."""
+
 _Hashed = tuple[Unit, int | None]
+
+
+def schema_with(beside: Iterable[str]) -> pa.Schema:
+    """SCHEMA with some of the columns BESIDE."""
+    schema = SCHEMA
+    for name in beside:
+        schema = schema.append(pa.field(name, pa.list_(pa.float32())))
+    return schema
 
 
 class UnitsFile:
@@ -51,7 +62,7 @@ class UnitsFile:
     def __init__(self, path: Path, *, schema: pa.Schema = SCHEMA):
         """
         Args:
-            schema: SCHEMA, or TAUGHT for units that hold what a teacher said.
+            schema: SCHEMA, TAUGHT for units that hold what a teacher said, or of schema_with().
         """
         self._schema = schema
         self._file = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
@@ -145,7 +156,7 @@ def _size(sample: Sample) -> int:
 def _table(group: list[_Hashed], schema: pa.Schema) -> pa.Table:
     columns: dict[str, list] = {
         name: [np.concatenate([getattr(sample, name).reshape(-1) for sample in unit]) for unit, _ in group]
-        for name in ("input_ids", "target_ids", "loss_mask", "teacher_ids", "teacher_logprobs")
+        for name in ("input_ids", "target_ids", "loss_mask", "teacher_ids", "teacher_logprobs", *BESIDE)
         if name in schema.names
     }
     columns["doc_lens"] = [[len(sample) for sample in unit] for unit, _ in group]
@@ -163,6 +174,7 @@ def _units(table: pa.Table) -> list[Unit]:
     doc_lens, doc_starts = _lists(table, "doc_lens")
     fields: list[list[tuple[str, list[float]]]] = table["fields"].to_pylist()
     said = {name: _lists(table, name) for name in ("teacher_ids", "teacher_logprobs") if name in table.column_names}
+    beside = {name: _lists(table, name) for name in BESIDE if name in table.column_names}
     units: list[Unit] = []
     for row in range(table.num_rows):
         ends = starts[row] + np.cumsum(doc_lens[doc_starts[row] : doc_starts[row + 1]])
@@ -178,6 +190,10 @@ def _units(table: pa.Table) -> list[Unit]:
                 for document, (a, b) in enumerate(pairwise(bounds))
             )
         )
+        for name, (values, offsets) in beside.items():
+            flat = values[offsets[row] : offsets[row + 1]].reshape(bounds[-1] - bounds[0], -1)
+            columns = np.split(flat, np.cumsum(doc_lens[doc_starts[row] : doc_starts[row + 1] - 1]))
+            units[-1] = tuple(replace(each, **{name: c}) for each, c in zip(units[-1], columns, strict=True))
         if said:
             here = {name: values[offsets[row] : offsets[row + 1]] for name, (values, offsets) in said.items()}
             units[-1] = _taught(units[-1], here)

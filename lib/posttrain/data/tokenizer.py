@@ -33,6 +33,8 @@ class Encoded:
     """[L+1] int32."""
     loss_mask: np.ndarray
     """[L+1] float32, the loss weight of each token itself; 0 where it is not trained."""
+    numbers: np.ndarray | None = None
+    """[L+1, F + K] float32 beside the tokens (turn_numbers.py)."""
 
 
 class BaseHFModelTokenizer:

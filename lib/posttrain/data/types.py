@@ -48,6 +48,10 @@ class Sample:
     """[M, K] float32, nats, what the teacher gave them."""
     allowed_ids: np.ndarray | None = None
     """[M, K] int32, of those targets: the tokens that the sampler could choose from, filled up with -1."""
+    features: np.ndarray | None = None
+    """[L, F] float32, of each input token: what an embedding reads beside it; NaN where there is none."""
+    labels: np.ndarray | None = None
+    """[L, K] float32, what heads are to say where the target is the end of an answer; NaN where nothing is asked."""
     fields: dict[str, float] = field(default_factory=dict)
     """One number each for the whole document: a label, a reference's logprob, a margin."""
 
@@ -135,6 +139,12 @@ class Batch:
     """[N, K] float32, nats, what the teacher gives them."""
     allowed_ids: Tensor | None = None
     """[N, K] int64, tokens that the policy may choose from, filled up with -1; a row of -1 is any."""
+    features: Tensor | None = None
+    """[T, F] float32, NaN where a token has none, as on the padded tail."""
+    label_idx: Tensor | None = None
+    """[M] int64, positions with a label, ascending."""
+    labels: Tensor | None = None
+    """[M, K] float32, NaN where one of several is missing."""
     fields: dict[str, Tensor] = field(default_factory=dict)
     """[S] float32 each, one number a sample, in the order of doc_id; none for the padded tail."""
     share: Share | None = None

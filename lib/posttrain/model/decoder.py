@@ -8,7 +8,7 @@ from posttrain.data.types import Batch
 from posttrain.model.attention import Attention, Layout, default_backend
 from posttrain.model.collectives import Group, copy_in, shared
 from posttrain.model.families import DecoderConfig
-from posttrain.model.heads import make_head
+from posttrain.model.heads import SIDE, make_head
 from posttrain.model.layers import MLP, Embedding, Linear, RMSNorm
 from posttrain.model.moe import MoE
 from posttrain.model.recompute import run_block
@@ -116,7 +116,10 @@ class Decoder(nn.Module):
         )
         held = slice(None) if batch.share is None else batch.share.token_idx
         tables = {rope: self._tables(rope, batch.position_ids[held]) for rope in set(config.ropes)}
-        x = shared(self.embedding(batch.input_ids[held]), self.tensor)
+        x = self.embedding(batch.input_ids[held])
+        if SIDE in self.heads and batch.features is not None:
+            x = x + self.heads[SIDE](batch.features[held]).to(x.dtype)
+        x = shared(x, self.tensor)
         for layer, rope in zip(self.layers, config.ropes, strict=True):
             x = run_block(layer, x, *tables[rope], layout, mode=self._recompute)
         return self.norm(copy_in(x, self.tensor))

@@ -15,8 +15,9 @@ from posttrain.model.collectives import Group, gather_rows
 from posttrain.model.context import spread
 from posttrain.model.decoder import Decoder
 from posttrain.model.head import Head, divergence_loss, logprobs_and_entropy, row_loss
-from posttrain.model.heads import VALUE
+from posttrain.model.heads import SIDE, VALUE
 from posttrain.model.losses import Loss
+from posttrain.model.losses.tasks import TaskLoss
 from posttrain.model.losses.value import ValueLoss
 from posttrain.model.output import Output
 
@@ -82,7 +83,8 @@ def loss_sum(
     assert model.output_head is not None, f"a loss that reads {loss_fn.reads} needs an LM head"
     at = loss_index(batch)
     mine = _share(model, len(at))
-    hidden, weight = model(batch)[at[mine]], model.output_head.weight
+    every, weight, asked = model(batch), model.output_head.weight, batch
+    hidden = every[at[mine]]
     batch, teacher = _held(batch).rows(mine), teacher and replace(teacher, hidden=teacher.hidden[mine])
     weight = weight if torch.is_grad_enabled() else weight.detach()  # evaluation makes no gradients on the way
     head = Head(vocab_size=model.config.vocab_size, temperature=loss_fn.temperature)
@@ -92,14 +94,18 @@ def loss_sum(
         distance = _distance(loss_fn, batch, scale, sums)
         loss = divergence_loss(hidden, weight, teacher.hidden, teacher.weight, head, distance)
     else:
-        by_row = loss_fn.policy if isinstance(loss_fn, ValueLoss) else loss_fn
+        by_row = loss_fn.policy if isinstance(loss_fn, ValueLoss | TaskLoss) else loss_fn
         loss = row_loss(hidden, weight, _targets(batch), head, _chunk_loss(by_row, batch, scale, sums))
         if isinstance(loss_fn, ValueLoss):
             values = _values(model, hidden)
             assert values is not None, f"a loss that reads values needs the head {VALUE!r}"
-            of_values, metrics = loss_fn.of_values(values, batch)
-            _add(sums, {"loss": of_values, **metrics})
-            loss = loss + scale * of_values
+            rest, metrics = loss_fn.of_values(values, batch)
+            _add(sums, {"loss": rest, **metrics})
+            loss = loss + scale * rest
+        if isinstance(loss_fn, TaskLoss):
+            rest, metrics = loss_fn.of_tasks(*_labelled(model, every, asked))
+            _add(sums, {"loss": rest, **metrics})
+            loss = loss + scale * rest
     _release(model)
     return loss, sums
 
@@ -203,10 +209,20 @@ def _values(model: Decoder, rows: Tensor) -> Tensor | None:
 
 def _scores(model: Decoder, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Every score head at the last token of each sample, [S, k] float32."""
-    heads = {name: head for name, head in model.heads.items() if name != VALUE}
+    heads = {name: head for name, head in model.heads.items() if name not in (VALUE, SIDE)}
     if not heads:
         return {}
     share, last = batch.share, (batch.cu_seqlens[1 : batch.num_samples + 1] - 1).long()
     at, index = (last, None) if share is None else (share.sample_at, share.sample_idx)
     mine = hidden[at[_share(model, len(at))]]
     return {name: _whole(model, head(mine).float(), len(at), index, len(last)) for name, head in heads.items()}
+
+
+def _labelled(model: Decoder, hidden: Tensor, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+    """[m, k] float32 of every head at the labelled positions that this rank scores, and the batch with their labels."""
+    assert batch.label_idx is not None and batch.labels is not None, "heads of answers learn from the rows' labels"
+    assert batch.share is None, "a config with parallel.context > 1 and heads is refused"
+    mine = _share(model, len(batch.label_idx))
+    rows = hidden[batch.label_idx[mine]]
+    heads = {name: head for name, head in model.heads.items() if name not in (VALUE, SIDE)}
+    return {name: head(rows).float() for name, head in heads.items()}, replace(batch, labels=batch.labels[mine])

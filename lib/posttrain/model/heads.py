@@ -32,6 +32,10 @@ CONFIG_KEY = "posttrain_heads"
 VALUE = "value"
 """The one head that is read before every token that carries loss, not at a document's end: a critic."""
 
+SIDE = "side"
+"""The one that is read before the blocks: a user's module, called with batch.features [T, F], whose [T, hidden_size] is
+added to the token embeddings. Its attribute `features` names what it reads."""
+
 HeadSpec = int | str
 """Outputs of a linear head without bias, or `package.module:name`, called with the hidden size, of a user's own."""
 

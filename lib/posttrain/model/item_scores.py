@@ -1,6 +1,7 @@
 """What a model holds of every item at every event that is to be predicted: one softmax over items of one token each."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ from posttrain.data.item_tokens import ItemTokens, name_of
 from posttrain.data.pack import plan
 from posttrain.data.sample import shift
 from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded
+from posttrain.data.turn_numbers import Numbers, with_numbers
 from posttrain.data.types import Pack, Row
 from posttrain.errors import DataError, RowError
 from posttrain.model.decoder import Decoder
+from posttrain.model.heads import SIDE
 
 
 @torch.no_grad()
@@ -28,7 +31,8 @@ def item_scores(
     """log p of each item of the catalogue among those with a name, [N, C] float32; -inf without one.
 
     Args:
-        rows: of events.rows(); N counts their `asked` answers, in order.
+        rows: of events.rows(); N counts their `asked` answers, in order. A model with a module at its front reads their
+            features.
         items: each of one token.
 
     Raises:
@@ -36,8 +40,10 @@ def item_scores(
     """
     columns, ids = _columns(tokenizer, items, catalogue)
     samples, at = [], []
-    for each, begins in asked_answers(tokenizer, rows):
-        samples.append(shift(each.token_ids, each.loss_mask))
+    features: Sequence[str] = model.heads[SIDE].features if SIDE in model.heads else ()  # pyright: ignore
+    for each, begins in asked_answers(tokenizer, rows, features):
+        beside = None if each.numbers is None else each.numbers[:-1]
+        samples.append(replace(shift(each.token_ids, each.loss_mask), features=beside))
         at.append(begins - 1)  # the token before an answer predicts its first
     ends = np.cumsum([0, *map(len, at)])
     found = np.full((ends[-1], len(catalogue)), -np.inf, np.float32)
@@ -55,13 +61,20 @@ def item_scores(
     return found
 
 
-def asked_answers(tokenizer: BaseHFModelTokenizer, rows: Sequence[Row]) -> Iterator[tuple[Encoded, np.ndarray]]:
+def asked_answers(
+    tokenizer: BaseHFModelTokenizer, rows: Sequence[Row], features: Sequence[str] = ()
+) -> Iterator[tuple[Encoded, np.ndarray]]:
     """Each row's tokens, every answer in the loss, and the place of the first token of each of its `asked` answers.
+
+    Args:
+        features: names of what the model reads beside the tokens.
 
     Raises:
         DataError: a row that cannot be tokenised.
     """
-    for row, encoded in zip(rows, tokenizer.conversations(rows, "all"), strict=True):
+    numbers = Numbers(features=tuple(features))
+    found = with_numbers(tokenizer, rows, "all", numbers) if features else tokenizer.conversations(rows, "all")
+    for row, encoded in zip(rows, found, strict=True):
         if isinstance(encoded, RowError):
             raise DataError(f"the row of member {row['member']} cannot be ranked: {encoded}")
         answered = encoded.loss_mask > 0

@@ -1,7 +1,7 @@
 """What a policy rank trains, and what stands beside it: a folder's model with adapters or a score head, a teacher."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from posttrain.compute.weight_sync import Part
 from posttrain.data.types import Batch
 from posttrain.model.backend import Backend
 from posttrain.model.forward import Teacher, forward, loss_index, loss_sum
-from posttrain.model.heads import NATIVE, VALUE
+from posttrain.model.heads import NATIVE, VALUE, HeadSpec
 from posttrain.model.lora import LoRA, add_lora, reset_adapters
 from posttrain.model.losses import Loss
 from posttrain.model.peft_format import adapter_tensors, save_adapter, scaled_tensors
@@ -35,6 +35,8 @@ class Build:
     """Adapters that are trained in place of the weights."""
     scores: tuple[str, ...] = ()
     """Outputs of Hugging Face's head `score`, which then stands in the LM head's place: a reward model."""
+    heads: Mapping[str, HeadSpec] = field(default_factory=dict)
+    """Beside the LM head, the module at the front among them (heads.py)."""
     value_head: bool = False
     """A head `value` beside the LM head: a critic."""
     teacher_uri: str | None = None
@@ -67,6 +69,8 @@ def build_policy(
         heads = {"heads": {NATIVE: len(build.scores)}, "lm_head": False, "seed": build.seed}
     elif build.value_head:
         heads = {"heads": {VALUE: 1}}
+    elif build.heads:
+        heads = {"heads": dict(build.heads), "seed": build.seed}
     if build.lora is None:
         return backend.load(folder, device=device, dtype=dtype, **heads, **({"place": place} if place else {}))
     lora = build.lora

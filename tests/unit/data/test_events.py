@@ -15,6 +15,7 @@ from posttrain.data.item_tokens import PlainItems
 from posttrain.data.row_reader import RowReader
 from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.data.train_tokenizer import word_tokenizer
+from posttrain.data.turn_numbers import Numbers
 from posttrain.errors import DataError, RowError
 
 NOON = datetime(2025, 3, 3, 12)  # a Monday
@@ -237,7 +238,9 @@ def test_labels_of_the_last_answer_become_what_score_heads_learn(tokenizer):
     (row,) = rows(check_events(events, schema, where="x"), schema)
     assert row["minutes"] == 40.5
     read = RowReader(wanted="conversation", keep=("minutes",))(json.loads(json.dumps(row)))
-    encoder = Encoder(tokenizer, wanted="conversation", pack_tokens=64, scored=True, ratings=("minutes",))
+    encoder = Encoder(
+        tokenizer, wanted="conversation", pack_tokens=64, scored=True, numbers=Numbers(ratings=("minutes",))
+    )
     (units,) = encoder([read])
     assert not isinstance(units, RowError)
     ((sample,),) = units
@@ -245,7 +248,33 @@ def test_labels_of_the_last_answer_become_what_score_heads_learn(tokenizer):
 
 
 def test_a_label_that_is_no_number_or_hides_what_rows_hold_is_refused():
-    with pytest.raises(DataError, match="the label action is string, no number"):
+    with pytest.raises(DataError, match="the label or feature action is string, no number"):
         check_events(table((1, 0, 1, "finish")), make_schema(labels=("action",)), where="x")
     with pytest.raises(DataError, match="labels name items"):
         make_schema(labels=("items",))
+
+
+def test_answers_have_what_is_known_before_them_and_what_came_of_them_from_the_cutoff_on():
+    table = pa.table(
+        {
+            "member": [1, 1, 1, 2],
+            "time": pa.array(
+                [datetime(2025, 1, 1, 10), datetime(2025, 1, 1, 11), datetime(2025, 1, 2), datetime(2025, 1, 2)]
+            ),
+            "item": [3, 4, 5, 3],
+            "hours": [0.5, 0.25, 2.0, 1.0],
+            "click": [1, 0, 1, 1],
+        }
+    )
+    numbers = {"features": ("gap_minutes", "click"), "last_features": ("hours",), "labels": ("click", "hours")}
+    found = EventSchema(items=PlainItems(range(9)), **numbers)
+    first, second = rows(check_events(table, found, where="x"), found, after=datetime(2025, 1, 1, 11))
+    answers = [message for message in first["messages"] if message["role"] == "assistant"]
+    assert [each["features"] for each in answers] == [
+        {"gap_minutes": None, "click": 1.0, "last_hours": None},
+        {"gap_minutes": 60.0, "click": 0.0, "last_hours": 0.5},
+        {"gap_minutes": 780.0, "click": 1.0, "last_hours": 0.25},
+    ]
+    assert [each.get("labels") for each in answers] == [None, {"click": 0, "hours": 0.25}, {"click": 1, "hours": 2.0}]
+    assert second["messages"][1]["features"]["last_hours"] is None, "another member's hours"
+    assert first["hours"] == 2.0

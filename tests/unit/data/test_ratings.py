@@ -8,6 +8,7 @@ from posttrain.data.encode import Encoder
 from posttrain.data.ratings import ratings_of
 from posttrain.data.row_reader import RowReader
 from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.turn_numbers import Numbers
 from posttrain.errors import RowError
 from tiny import tiny_model
 
@@ -31,7 +32,7 @@ def test_ratings_travel_from_the_record_to_the_answer_that_is_scored(tmp_path):
     names = ("helpful", "verbose")
     row = RowReader(wanted="conversation", keep=names)(ROW)
     assert row == {"messages": row["messages"], "helpful": 4}
-    encoder = Encoder(tokenizer, wanted="conversation", pack_tokens=128, scored=True, ratings=names)
+    encoder = Encoder(tokenizer, wanted="conversation", pack_tokens=128, scored=True, numbers=Numbers(ratings=names))
     ((unit,), fault) = encoder([row, {"messages": row["messages"]}])
     (sample,) = unit
     assert sample.fields["helpful"] == 4.0 and math.isnan(sample.fields["verbose"])

@@ -1,5 +1,7 @@
 """Score heads: read at each sample's last token, trained, stored beside the model, opened by transformers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from posttrain.model.export import export_model
 from posttrain.model.forward import forward, loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.losses.reward import BradleyTerryLoss
+from posttrain.model.losses.sft import SFTLoss
 from posttrain.model.verify import compare_with_transformers
 from tiny_families import FAMILIES, random_config, random_model
 
@@ -114,3 +117,44 @@ def test_a_stored_head_of_another_shape_is_refused(tmp_path):
     export_model(load_decoder(folder, heads={"click": 1}), tmp_path / "out", like=folder)
     with pytest.raises(ModelError, match=r"head click holds .*\(1, \d+\).* expects .*\(2, \d+\)"):
         load_decoder(tmp_path / "out", heads={"click": 2})
+
+
+class Side(torch.nn.Module):
+    """A user's own module at the front: a number, and one of three categories."""
+
+    features = ("gap", "device")
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.gap, self.device = torch.nn.Linear(1, hidden_size), torch.nn.Embedding(3, hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        known = ~features.isnan()
+        gap, device = features.nan_to_num().unbind(1)
+        return self.gap(gap[:, None]) * known[:, :1] + self.device(device.long()) * known[:, 1:]
+
+
+def test_a_module_at_the_front_adds_what_it_makes_of_features_and_learns(tmp_path):
+    folder = folder_of(tmp_path)
+    model = load_decoder(folder, heads={"side": f"{__name__}:Side"}, seed=1)
+    batch, plain = batch_of(), load_decoder(folder)
+    none = torch.full((len(batch.input_ids), 2), torch.nan)
+    some = none.clone()
+    some[:5] = torch.tensor([0.5, 2.0])  # the first sample's tokens
+    ours, without, absent = (model(b) for b in (replace(batch, features=some), batch, replace(batch, features=none)))
+    assert torch.equal(without, plain(batch)) and torch.equal(absent, without)
+    assert (ours[:5] - without[:5]).abs().max() > 1e-3 and torch.equal(ours[5:], without[5:])
+    loss_sum(model, replace(batch, features=some), SFTLoss())[0].backward()
+    grads = {name: p.grad for name, p in model.heads["side"].named_parameters()}
+    assert grads["gap.weight"].abs().sum() > 0
+    assert grads["device.weight"].abs().sum(1).gt(0).tolist() == [False, False, True]
+
+
+def test_an_export_keeps_the_module_at_the_front_and_opens_in_transformers_without(tmp_path):
+    folder = folder_of(tmp_path)
+    model = load_decoder(folder, heads={"side": f"{__name__}:Side", "click": 1}, seed=1)
+    export_model(model, tmp_path / "out", like=folder)
+    assert compare_with_transformers(tmp_path / "out")["max_abs_diff"] <= 1e-4
+    batch = batch_of()
+    batch = replace(batch, features=torch.ones(len(batch.input_ids), 2))
+    assert torch.equal(load_decoder(tmp_path / "out")(batch), model(batch))

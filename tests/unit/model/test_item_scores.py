@@ -101,3 +101,17 @@ def test_a_text_model_whose_vocabulary_grew_reads_text_and_ranks_items(tmp_path)
     )
     np.testing.assert_allclose(np.exp(with_text).sum(1), 1, atol=1e-5)
     assert np.abs(with_text - without).max() > 1e-6  # the text is read
+
+
+def test_a_model_with_a_module_at_its_front_ranks_by_the_features_of_rows(tmp_path):
+    tokenizer, _ = fresh(tmp_path, "small")
+    model = load_decoder(tmp_path, heads={"side": "posttrain.model.side:EventNumbers"}, seed=0)
+    plain = history(6)
+    (row, *_) = plain
+    told = [{**m, "features": {"gap_minutes": 500.0}} if m["role"] == "assistant" else m for m in row["messages"]]
+    found = [
+        item_scores(model, tokenizer, each, SCHEMA.items, range(7), pack_tokens=64)
+        for each in (plain, [row | {"messages": told}, *plain[1:]])
+    ]
+    changed = np.abs(found[0] - found[1]).max(1) > 1e-4
+    assert changed[: len(row["asked"])].all() and not changed[len(row["asked"]) :].any()

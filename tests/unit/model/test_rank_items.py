@@ -66,6 +66,31 @@ def test_a_narrow_beam_keeps_true_scores_of_distinct_items(folder: Path):
         np.testing.assert_allclose(found, brute_force(folder, prompt)[order], atol=1e-5)
 
 
+def test_new_items_share_what_the_beginning_that_they_have_in_common_with_trained_ones_is_worth(folder: Path):
+    trie, model = TokenTrie(PATHS), load_decoder(folder)
+    below = [number for number, path in enumerate(PATHS) if path[0] == 20]
+    leaf = below[0]  # its first two tokens are those of others
+    branch = [number for number, path in enumerate(PATHS) if path[:2] == (21, 31)]
+    assert trie.leaves[(20,)] > 1 and 0 < len(branch) < trie.leaves[(21,)]
+    twins = trie.leaves[PATHS[leaf][:2]]
+    assert twins > 1
+    new = [leaf, *branch, PATHS.index((50,))]
+    items, scores = rank_items(model, PROMPTS, trie, k=len(PATHS), beam=len(PATHS), new=new)
+    kept = TokenTrie([path for number, path in enumerate(PATHS) if number not in new])
+    old_items, old_scores = rank_items(model, PROMPTS, kept, k=len(kept), beam=len(kept))
+    for row in range(len(PROMPTS)):
+        found = {PATHS[item]: score for item, score in zip(items[row].tolist(), scores[row], strict=True)}
+        old = {kept.paths[item]: score for item, score in zip(old_items[row].tolist(), old_scores[row], strict=True)}
+        assert sum(map(np.exp, found.values())) == pytest.approx(1.0, abs=1e-9)
+        assert found[(50,)] == pytest.approx(-np.log(len(PATHS)))
+        rest = np.log1p(-1 / len(PATHS))  # of what is left to all others at the first token
+        prefix = np.logaddexp.reduce([score for path, score in old.items() if path[:2] == PATHS[leaf][:2]])
+        assert found[PATHS[leaf]] == pytest.approx(prefix + rest - np.log(twins), abs=1e-5)
+        first = np.logaddexp.reduce([score for path, score in old.items() if path[0] == 21])
+        for item in branch:
+            assert found[PATHS[item]] == pytest.approx(first + rest - np.log(trie.leaves[(21,)]), abs=1e-5)
+
+
 def test_items_of_one_token_are_ranked_by_their_logits(folder: Path):
     trie = TokenTrie([(token,) for token in range(60, 90)])
     items, _ = rank_items(load_decoder(folder), PROMPTS, trie, k=5, beam=5)

@@ -8,12 +8,13 @@ from torch import Tensor
 from posttrain.data.types import Batch, Pack
 from posttrain.model.output import Output
 
-Reads = Literal["tokens", "values", "sequences", "documents", "scores", "teacher"]
+Reads = Literal["tokens", "values", "sequences", "documents", "scores", "teacher", "tasks"]
 """What a loss needs of the forward pass, and so how its gradient may be made:
 
 - tokens: a sum over rows of a function of that row's Output and Batch columns alone; its
   gradients can be made chunk by chunk inside the forward pass (SFT, GRPO, top-k distillation).
 - values: a loss that reads tokens, `policy`, and beside it a function of all rows' values, `of_values()` (PPO).
+- tasks: a loss that reads tokens, `policy`, and beside it a function of heads where answers end, `of_tasks()`.
 - sequences: any function of all rows' logprobs together, summed over tokens (GSPO).
 - documents: the same, summed over pairs or documents (DPO).
 - scores: a function of Output.scores; needs no LM head (reward models).
@@ -39,6 +40,6 @@ class Loss(Protocol):
 
 def count(loss: Loss, packs: Sequence[Pack]) -> float:
     """What the sums of a global batch are divided by: its loss tokens by weight, or its pairs or documents."""
-    if loss.reads in ("tokens", "values", "sequences", "teacher"):
+    if loss.reads in ("tokens", "values", "tasks", "sequences", "teacher"):
         return sum(pack.loss_tokens for pack in packs)
     return float(sum(pack.num_units for pack in packs))
