@@ -8,6 +8,8 @@ from uuid import uuid4
 import pytest
 from hypothesis import settings
 
+settings.register_profile("any machine", deadline=None)  # no test is timed
+settings.load_profile("any machine")
 settings.register_profile("long", max_examples=20_000, deadline=None, print_blob=True)
 """`pytest --hypothesis-profile long tests/fuzz` looks for as long as a night has."""
 

@@ -101,7 +101,7 @@ def test_a_missing_vllm_is_refused_before_anything_is_compared():
 def test_the_command_prints_a_table(config, tmp_path):
     done = posttrain("qwen.json", "--seeds", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "qwen.json: qwen3" in done.stdout and "agrees with transformers" in done.stdout
+    assert "qwen.json: qwen3" in done.stdout and "Agrees with transformers" in done.stdout
     assert "gradient_diff" in done.stdout
 
 

@@ -38,10 +38,13 @@ VALUE = {"finish": 1.0, "play": 0.5, "skip": 0.0, "unseen": 0.0}
 """What an action is worth."""
 DISCOUNT, DIVERSITY = 0.9, 0.5
 """Of each place after the first; weight of the mean distance between two items, 0 for the same content, 2 at most."""
+REPEATED = 3.0
+"""Guardrail `repeats`: what a slate of nothing but them costs. Members do play again what they know, so that at 1 a
+policy learns to show more of it for the engagement."""
 LONG_MINUTES, LONG_SHARE = 95.0, 0.2
 """Guardrail `too_long`: the share of longer items beyond this one is charged."""
 GUARDRAILS = ("repeats", "too_long", "invalid")
-"""Parts of the reward that only cost: each is minus a share of the slate."""
+"""Parts of the reward that only cost: each is minus a share of the slate, times a weight."""
 
 
 @lru_cache(maxsize=4)
@@ -164,7 +167,7 @@ def judged(row: Row, slate: list[int], rng: np.random.Generator) -> dict[str, fl
 
     engagement: sum over places of DISCOUNT ** place times the VALUE of what the member did, mean of VISITS.
     diversity: DIVERSITY times the mean of 1 - cosine of two items' embeddings.
-    repeats: minus the share of items that the member has played in the events that the prompt tells.
+    repeats: minus REPEATED times the share of items that the member has played in the events that the prompt tells.
     too_long: minus what the share of items longer than LONG_MINUTES exceeds LONG_SHARE by.
     invalid: minus the share of places without an item, or with one that the slate has already.
     """
@@ -182,7 +185,7 @@ def judged(row: Row, slate: list[int], rng: np.random.Generator) -> dict[str, fl
     return {
         "engagement": fmean(worth),
         "diversity": DIVERSITY * fmean(apart) if apart else 0.0,
-        "repeats": -sum(item in seen for item in items) / SIZE,
+        "repeats": -REPEATED * sum(item in seen for item in items) / SIZE,
         "too_long": -max(0.0, float(long) - LONG_SHARE),
         "invalid": -(SIZE - len(items)) / SIZE,
     }
