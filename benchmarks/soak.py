@@ -43,6 +43,8 @@ PAUSE_S = 5.0
 """For how long a rank is stopped: less than any deadline."""
 LONGEST_S = 1800.0
 """For one run with all its restarts; more is a hang."""
+LEFT_S = 30.0
+"""After the last run's end, for processes that Ray started to be gone."""
 SMALL: dict[str, Any] = {
     "model.fresh": {"hidden_size": 32, "num_layers": 2},
     "data.pack_tokens": 128,
@@ -230,6 +232,16 @@ def _words(status: int) -> str:
     return "finished" if status == 0 else signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
+def _left(folder: Path) -> list[int]:
+    """Processes of the runs that are there a while after the last."""
+    found = [0]
+    until = time.monotonic() + LEFT_S
+    while found and time.monotonic() < until:
+        time.sleep(1.0)
+        found = [p.pid for p in psutil.process_iter() if str(folder) in _quietly(p.cwd, "")]
+    return found
+
+
 def summary(soak: Soak, options: argparse.Namespace) -> dict[str, Any]:
     """The result file."""
     growth = {}
@@ -239,7 +251,7 @@ def summary(soak: Soak, options: argparse.Namespace) -> dict[str, Any]:
         for key in ("processes", "memory_mib", "driver_mib", "driver_files", "open_files") if runs else ():
             first, last = (fmean(run[key] for run in part) for part in (runs[:third], runs[-third:]))
             growth[f"{name} {key}"] = {"first": round(first, 1), "last": round(last, 1)}
-    left = [p.pid for p in psutil.process_iter() if str(soak.folder) in _quietly(p.cwd, "")]
+    left = _left(soak.folder)
     return {
         "benchmark": "soak",
         "workload": f"tiny SFT and GRPO in turn, a fault every {options.every[0]:g} to {options.every[1]:g} s",
