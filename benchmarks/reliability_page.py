@@ -180,8 +180,8 @@ def soaked() -> str:
         f"`python -m benchmarks.soak --minutes {found['minutes']:g}` on {found['hardware']}: {found['workload']}. "
         f"{sum(found['faults'].values())} faults in {found['runs_finished']} runs, of which {found['ledgers_proved']} "
         f"have a proved ledger; {found['sft_runs_equal']} of {found['sft_runs']} SFT runs ended with the weights of a "
-        f"run that was left alone; processes left at its end: {found['processes_left']}. Means of the first and the last "
-        f"third of the runs: {'; '.join(grown)}."
+        f"run that was left alone; processes left at its end: {found['processes_left']}. Means of the first and the "
+        f"last third of the runs: {'; '.join(grown)}."
     )
 
 
