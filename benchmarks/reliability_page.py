@@ -111,10 +111,12 @@ def summary() -> str:
     bad, tests = sum(line.failed for line in made), [each for line in made for each in line.tests]
     passed = sum(entry["passed"] for test, entry in known().items() if test in {each.test for each in tests})
     failed = f"{bad} failed." if bad else "None failed."
+    tried = sum("not_run" not in each for each in gpu_rows())
+    gpu = f"cases for GPUs: {len(CASES)}, of which {tried or 'none'} ran on one so far"
     head = (
         f"{len(rows)} of {len(ROWS)} faults have a test or a program that makes them and sees how they end:\n"
-        f"{len({each.test for each in tests})} tests, which passed {passed} times with all their parameters, and "
-        f"{len(CASES)} cases for GPUs. {failed}\nA fault may end in several ways, by when it comes and how often."
+        f"{len({each.test for each in tests})} tests, which passed {passed} times with all their parameters; {gpu}.\n"
+        f"{failed} A fault may end in several ways, by when it comes and how often."
     )
     table = ["| ends as | of the faults | noticed after at most | lost at most |", "|---|---|---|---|"]
     for outcome in OUTCOMES:
