@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from posttrain import storage
 from posttrain.data.environment import EnvironmentHost
 from posttrain.data.event_world import World
 from posttrain.data.semantic_ids import SemanticIds, fit_semantic_ids
-from posttrain.data.tokenizer import BaseHFModelTokenizer
+from posttrain.data.tokenizer import BaseHFModelTokenizer, Encoded
+from posttrain.data.turn_numbers import Numbers, with_numbers
 from posttrain.data.types import Prompt, Rollout
 from posttrain.workflow import registry
 from posttrain.workflow.rollout_file import RolloutFile
@@ -25,7 +27,7 @@ from test_docs_code import OURS, Block
 from tiny import tiny_tokenizer
 
 RUN_HERE = {
-    "events.md": ["read_events"],
+    "events.md": ["read_events", '"labels"'],
     "from_verl.md": ["def accuracy"],
     "retraining.md": ["registry.champion"],
     "rl.md": ["class Guess", "best_rows"],
@@ -85,6 +87,16 @@ def test_events_of_a_table_become_rows_before_and_after_the_cutoff(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     names["tokenizer"](tmp_path / "tokenizer", 0)
     assert BaseHFModelTokenizer(tmp_path / "tokenizer").vocab_size > 40
+
+
+def test_the_numbers_of_the_page_stand_beside_the_tokens_of_the_answer(tmp_path):
+    answer = eval(block("events.md", '"labels"'))
+    numbers = Numbers(features=tuple(answer["features"]), labels=tuple(answer["labels"]))
+    row = {"messages": [{"role": "user", "content": "hi"}, answer]}
+    (found,) = with_numbers(tiny_tokenizer(tmp_path), [row], "last", numbers)
+    assert isinstance(found, Encoded) and found.numbers is not None
+    gap, *labels = found.numbers[found.loss_mask > 0][-1].tolist()
+    assert gap == 12.0 and labels == pytest.approx([1.0, 0.4])
 
 
 def test_a_champion_is_asked_for_by_one_line(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_guardrails_charge_for_what_they_are_named_for_and_nothing_else():
         return tuple(round(parts[name], 6) for name in event_slates.GUARDRAILS)
 
     assert guards(short[:5]) == (0, 0, 0)
-    assert guards([played, *short[:4]])[0] == -0.2
+    assert guards([played, *short[:4]])[0] == pytest.approx(-0.2 * event_slates.REPEATED)
     assert guards([*short[:4], long[0]])[1] == 0 and guards([*short[:2], *long[:3]])[1] == -0.4
     assert guards([*short[:3], short[0], -1])[2] == -0.4 and guards([])[2] == -1.0
 
