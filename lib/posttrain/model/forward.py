@@ -209,7 +209,7 @@ def _values(model: Decoder, rows: Tensor) -> Tensor | None:
 
 def _scores(model: Decoder, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Every score head at the last token of each sample, [S, k] float32."""
-    heads = {name: head for name, head in model.heads.items() if name not in (VALUE, SIDE)}
+    heads = _score_heads(model)
     if not heads:
         return {}
     share, last = batch.share, (batch.cu_seqlens[1 : batch.num_samples + 1] - 1).long()
@@ -218,11 +218,16 @@ def _scores(model: Decoder, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
     return {name: _whole(model, head(mine).float(), len(at), index, len(last)) for name, head in heads.items()}
 
 
+def _score_heads(model: Decoder) -> dict[str, Any]:
+    """Those that are read where an answer ends."""
+    return {name: head for name, head in model.heads.items() if name not in (VALUE, SIDE)}
+
+
 def _labelled(model: Decoder, hidden: Tensor, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
     """[m, k] float32 of every head at the labelled positions that this rank scores, and the batch with their labels."""
     assert batch.label_idx is not None and batch.labels is not None, "heads of answers learn from the rows' labels"
     assert batch.share is None, "a config with parallel.context > 1 and heads is refused"
     mine = _share(model, len(batch.label_idx))
     rows = hidden[batch.label_idx[mine]]
-    heads = {name: head for name, head in model.heads.items() if name not in (VALUE, SIDE)}
-    return {name: head(rows).float() for name, head in heads.items()}, replace(batch, labels=batch.labels[mine])
+    scores = {name: head(rows).float() for name, head in _score_heads(model).items()}
+    return scores, replace(batch, labels=batch.labels[mine])
