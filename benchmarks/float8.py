@@ -4,10 +4,9 @@ One engine as in a run, Qwen3's shapes with random weights, float32 masters and 
 of documents of lognormal lengths (benchmarks/decoder.py), every token in the loss. The documents are walks of one
 random Markov chain over 256 tokens with 4 successors each, so that there is something to learn: the loss falls from
 above ln V towards the chain's entropy, which is in the row. Both sides see the same documents and start from the same
-weights, and each runs in a process of its own. A recipe is a name of model/float8.RECIPES; "+fast" also sums the
-backward's products in the short accumulators, "+compiler" leaves the casts of `tensorwise` to the compiler.
+weights, and each runs in a process of its own.
 
-    python -m benchmarks.float8 [--sizes 1.7b 4b] [--recipes tensorwise] [--tokens 16384] [--steps 60] [--out FILE]
+    python -m benchmarks.float8 [--sizes 1.7b 4b] [--tokens 16384] [--steps 60] [--out FILE]
     python -m benchmarks.float8 --matmuls [--sizes 1.7b]
 
 The curve is that of the first size; others run for 8 steps. --matmuls times the bare matmuls and casts of a block.
@@ -94,6 +93,7 @@ def engine_of(case: dict[str, Any], ranks: Any) -> Any:
     from posttrain.compute.master import Masters
     from posttrain.model.decoder import Decoder
     from posttrain.model.families import decoder_config
+    from posttrain.model.float8 import use_float8
     from posttrain.model.forward import forward, loss_sum
     from posttrain.model.optim import adamw
     from posttrain.model.weights import hf_tensors
@@ -107,7 +107,8 @@ def engine_of(case: dict[str, Any], ranks: Any) -> Any:
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter /= (2 * len(model.layers)) ** 0.5
     masters = Masters(model)
-    multiply_in(model, case["side"])
+    if case["side"] == "float8":
+        use_float8(model)
     if ranks.device.type == "cuda":
         model.compile_blocks()
     return Engine(
@@ -119,16 +120,6 @@ def engine_of(case: dict[str, Any], ranks: Any) -> Any:
         max_grad_norm=1.0,
         masters=masters,
     )
-
-
-def multiply_in(model: Any, side: str) -> None:
-    """bfloat16, or a recipe with its variants."""
-    from posttrain.model import float8
-
-    recipe, *variants = side.split("+")
-    float8.FAST_BACKWARD, float8.KERNEL = "fast" in variants, "compiler" not in variants
-    if recipe != "bfloat16":
-        float8.use_float8(model, recipe=recipe)
 
 
 def flops(size: str, tokens: int, steps: int) -> float:
@@ -146,34 +137,24 @@ def flops(size: str, tokens: int, steps: int) -> float:
 
 
 def rows_of(size: str, tokens: int, sides: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row of speed for each recipe and, where there is a curve, one of its last tenth of losses."""
-    theirs, rows = sides["bfloat16"], []
-    for side, mine in sides.items():
-        if side == "bfloat16":
-            continue
-        what = f"Qwen3 {size}, T {tokens}, skewed documents, whole steps, float8 {side}; baseline: ours in bfloat16"
-        seconds, passes = ([median(each[part][WARM_UP:]) for each in (mine, theirs)] for part in ("seconds", "passes"))
-        work = flops(size, tokens, len(mine["seconds"]))
-        rows.append(
-            row(
-                "float8",
-                what,
-                ours=tokens / seconds[0],
-                baseline=tokens / seconds[1],
-                unit="tokens/s",
-                forward_and_backward_ratio=round(passes[1] / passes[0], 3),
-                mfu_of_bfloat16_peak=[round(work / each / PEAK, 4) for each in seconds],
-                peak_gib=[mine["peak_gib"], theirs["peak_gib"]],
-                measured={"float8": mine, "bfloat16": theirs},
-            )
-        )
-        if (last := len(mine["losses"]) // 10) > 1:
-            ends = [fmean(each["losses"][-last:]) for each in (mine, theirs)]
-            what = (
-                f"Qwen3 {size}, T {tokens}, float8 {side}: mean loss of the last {last} of {len(mine['losses'])} steps"
-            )
-            what += f" on a Markov chain of {ENTROPY:.3f} nats a token, from {mine['losses'][0]:.2f}"
-            rows.append(row("float8", what, ours=ends[0], baseline=ends[1], unit="nats"))
+    """A row of speed and, where there is a curve, one of its last tenth of losses."""
+    mine, theirs = sides["float8"], sides["bfloat16"]
+    what = f"Qwen3 {size}, T {tokens}, skewed documents, whole steps, float8; baseline: ours in bfloat16"
+    seconds, passes = ([median(each[part][WARM_UP:]) for each in (mine, theirs)] for part in ("seconds", "passes"))
+    work = flops(size, tokens, len(mine["seconds"]))
+    more = {
+        "forward_and_backward_ratio": round(passes[1] / passes[0], 3),
+        "mfu_of_bfloat16_peak": [round(work / each / PEAK, 4) for each in seconds],
+        "peak_gib": [mine["peak_gib"], theirs["peak_gib"]],
+        "measured": sides,
+    }
+    rates = {"ours": tokens / seconds[0], "baseline": tokens / seconds[1]}
+    rows = [row("float8", what, **rates, unit="tokens/s", **more)]
+    if (last := len(mine["losses"]) // 10) > 1:
+        ends = [fmean(each["losses"][-last:]) for each in (mine, theirs)]
+        what = f"Qwen3 {size}, T {tokens}, float8: mean loss of the last {last} of {len(mine['losses'])} steps"
+        what += f" on a Markov chain of {ENTROPY:.3f} nats a token, from {mine['losses'][0]:.2f}"
+        rows.append(row("float8", what, ours=ends[0], baseline=ends[1], unit="nats"))
     return rows
 
 
@@ -193,17 +174,12 @@ def matmuls(size: str, tokens: int) -> dict[str, Any]:
         for product, (rows, inner, columns) in products.items():
             a = torch.randn(rows, inner, device="cuda").bfloat16()
             b = torch.randn(columns, inner, device="cuda").bfloat16()
-            a8, b8 = a.to(float8.E4M3), b.to(float8.E4M3)
-            a5 = a8 if product == "y" else a.to(float8.E5M2)
-            row_scale, column_scale = torch.ones(rows, 1, device="cuda"), torch.ones(1, columns, device="cuda")
+            a8, b8 = a.to(float8.E4M3 if product == "y" else float8.E5M2), b.to(float8.E4M3)
             runs = {"bfloat16": lambda a=a, b=b: a @ b.t()}
             for fast in (True, False):
                 kind = {"dtype": torch.bfloat16, "fast": fast}
                 speed = "fast" if fast else "exact"
-                runs[f"tensorwise {speed}"] = lambda a=a5, b=b8, kind=kind: float8.scaled_mm(a, b, one, one, **kind)
-                runs[f"rowwise {speed}"] = lambda a=a8, b=b8, s=row_scale, t=column_scale, kind=kind: float8.scaled_mm(
-                    a, b, s, t, **kind
-                )
+                runs[f"float8 {speed}"] = lambda a=a8, b=b8, kind=kind: float8.scaled_mm(a, b, one, one, **kind)
             times = {what: median_ms(run, repeat=5, inner=4) for what, run in runs.items()}
             work = 2 * rows * inner * columns
             found[f"{name} {product}"] = {what: round(work / ms / 1e9) for what, ms in times.items()}
@@ -214,9 +190,9 @@ def matmuls(size: str, tokens: int) -> dict[str, Any]:
 
 
 def sides_of(size: str, options: argparse.Namespace, steps: int) -> dict[str, Any]:
-    """What every side measured at one size; those that failed are named on stderr and left out."""
+    """What both sides measured at one size; one that failed is named on stderr and left out."""
     sides: dict[str, Any] = {}
-    for side in ("bfloat16", *options.recipes):
+    for side in ("bfloat16", "float8"):
         case = {"size": size, "tokens": options.tokens, "side": side, "steps": steps}
         found = in_a_process("benchmarks.float8", case, timeout_s=240.0)
         if isinstance(found, str):
@@ -230,7 +206,6 @@ def sides_of(size: str, options: argparse.Namespace, steps: int) -> dict[str, An
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1.7b", "4b"], choices=SIZES)
-    parser.add_argument("--recipes", nargs="+", default=["tensorwise"])
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--steps", type=int, default=60, help="of the first size")
     parser.add_argument("--matmuls", action="store_true")
@@ -245,14 +220,15 @@ def main() -> int:
             for name, numbers in matmuls(size, options.tokens).items():
                 print(json.dumps({"size": size, "matmul": name, "tflops": numbers}), flush=True)
         return 0
-    rows, wanted = [], 0
+    rows: list[dict[str, Any]] = []
+    failed = False
     for size in options.sizes:
         steps = options.steps if size == options.sizes[0] else WARM_UP + SPEED_STEPS
         sides = sides_of(size, options, steps)
-        wanted += len(options.recipes) + 1 - len(sides)
-        rows += rows_of(size, options.tokens, sides) if "bfloat16" in sides else []
+        failed |= len(sides) < 2
+        rows += rows_of(size, options.tokens, sides) if len(sides) == 2 else []
         write("float8", rows, options.out)  # after each size: one that is cut off leaves the others
-    return 1 if wanted else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

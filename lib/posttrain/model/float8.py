@@ -16,7 +16,6 @@ from torch import Tensor
 from posttrain.errors import ModelError
 from posttrain.model.decoder import Decoder
 from posttrain.model.families import DecoderConfig
-from posttrain.model.layers import Products
 from posttrain.model.lora import linears
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -66,12 +65,11 @@ def unfit(config: DecoderConfig, *, tensor: int = 1) -> list[str]:
     ]
 
 
-def use_float8(model: Decoder, *, tensor: int = 1, recipe: str = "tensorwise") -> None:
+def use_float8(model: Decoder, *, tensor: int = 1) -> None:
     """Let every Linear of a decoder's blocks multiply in float8: not a head, a router, experts or an adapter's term.
 
     Args:
         tensor: ranks that share each matrix.
-        recipe: a name of RECIPES.
 
     Raises:
         ModelError: its matrices do not fit, see unfit().
@@ -79,7 +77,7 @@ def use_float8(model: Decoder, *, tensor: int = 1, recipe: str = "tensorwise") -
     if problems := unfit(model.config, tensor=tensor):
         raise ModelError("\n".join(problems))
     for _, linear in linears(model):
-        linear.float8 = RECIPES[recipe]
+        linear.float8 = tensorwise
 
 
 def tensorwise(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -90,19 +88,6 @@ def tensorwise(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     if not any(needs):  # dynamo cannot trace a Function of any number of tensors where none has a gradient
         return _products(x, weights, needs)[0]
     return _Tensorwise.apply(needs, x, *weights)  # pyright: ignore[reportReturnType]
-
-
-def rowwise(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """layers.Products with a scale for each row of x and each column of W^T; the weights' gradients in bfloat16."""
-    y: Tensor = _Rowwise.apply(x, torch.cat(list(weights)))  # pyright: ignore[reportAssignmentType]
-    return y.split([len(weight) for weight in weights], dim=-1)
-
-
-RECIPES: dict[str, Products] = {"rowwise": rowwise, "tensorwise": tensorwise}
-FAST_BACKWARD = False
-"""Sum the backward's products in the tensor cores' short accumulators: faster, and less exact over many tokens."""
-KERNEL = True
-"""Read a tensor once for both layouts, by a kernel of our own."""
 
 
 def _products(
@@ -130,43 +115,19 @@ class _Tensorwise(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         x8t, w8t, inverse_x, inverse_w = ctx.saved_tensors
         _, wanted, trained, *_ = ctx.needs_input_grad
-        scale, how = scale_of(grads, E5M2), {"dtype": grads[0].dtype, "fast": FAST_BACKWARD}
+        scale, how = scale_of(grads, E5M2), {"dtype": grads[0].dtype, "fast": False}
         g8, g8t = cast(grads, scale, E5M2, dim=1, layouts=(wanted, trained))
         dx = scaled_mm(g8, w8t, 1 / scale, inverse_w, **how) if wanted else None
         dw = scaled_mm(g8t, x8t, 1 / scale, inverse_x, **how).split(ctx.sizes) if trained else [None] * len(grads)
         return None, dx, *dw
 
 
-class _Rowwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _rowwise_mm(x, weight)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        x, weight = ctx.saved_tensors
-        wanted, trained = ctx.needs_input_grad
-        dx = _rowwise_mm(grads[0], weight.t()) if wanted else None
-        return dx, grads[0].t() @ x if trained else None
-
-
-def _rowwise_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k], b [n, k] -> a b^T [m, n], a scale for each row of both."""
-    scale_a, scale_b = (_scale(each.abs().amax(1, keepdim=True), E4M3) for each in (a, b))
-    a8, b8 = (a.float() * scale_a).to(E4M3).contiguous(), (b.float() * scale_b).to(E4M3).contiguous()
-    return scaled_mm(a8, b8, 1 / scale_a, (1 / scale_b).t(), dtype=a.dtype, fast=True)
-
-
 def scale_of(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """float32 of no dimension: what all of these are multiplied by to fill the range of `dtype`; NaN if one has NaN."""
     # Rows first: that the compiler fuses into what makes the rows.
     tops = [part.abs().amax(-1).amax() for part in parts]
-    return _scale(torch.stack(tops).amax() if len(tops) > 1 else tops[0], dtype)
-
-
-def _scale(top: Tensor, dtype: torch.dtype) -> Tensor:
-    """A power of two, so that it rounds nothing itself, for this largest element."""
+    top = torch.stack(tops).amax() if len(tops) > 1 else tops[0]
+    # A power of two, which rounds nothing itself.
     return torch.exp2(torch.floor(torch.log2(torch.finfo(dtype).max / top.float().clamp(min=SMALLEST))))
 
 
@@ -182,7 +143,7 @@ def cast(
     Args:
         layouts: which of the two are wanted; the other is empty.
     """
-    if parts[0].is_cuda and KERNEL:
+    if parts[0].is_cuda:
         return _cast(list(parts), scale, dtype, dim, *layouts)
     x8 = torch.cat([(part.float() * scale).to(dtype) for part in parts], dim)
     empty = x8.new_empty(0)

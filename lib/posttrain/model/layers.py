@@ -116,6 +116,11 @@ class MLP(nn.Module):
         self.tensor: Group | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not joint(): two matmuls this wide fill a GPU by themselves, and the gradients need no tensor of both.
+        # Not joint(): two matmuls this wide fill a GPU by themselves, and the gradients need no tensor of both. One in
+        # float8 all the same, so that x is cast once.
         x = copy_in(x, self.tensor)
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj.float8 is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = stacked(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(self.activation(gate) * up)
