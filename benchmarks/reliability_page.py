@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu_faults import CASES
+from benchmarks.gpu_faults import CASES, needed
 from benchmarks.gpu_faults import RESULT as GPU_RESULTS
 from benchmarks.reliability import LOST, NOT_RUN, OUTCOMES, RESULTS, ROOT, ROWS, Marked, known, marked_tests
 
@@ -46,12 +46,11 @@ class Line:
 def gpu_rows() -> list[dict[str, Any]]:
     """A row for each case of benchmarks/gpu_faults.py: its newest result, or that there is none."""
     found = {row["case"]: row for row in json.loads(GPU_RESULTS.read_text())} if GPU_RESULTS.exists() else {}
-    none = {"not_run": "not run since it was written"}
     made = []
     for name, case in CASES.items():
-        made.append(
-            {"case": name, "fault": case.row, "outcome": case.outcome, "what": case.what, **(found.get(name) or none)}
-        )
+        none = {"not_run": "needs two GPUs" if needed(case.program) == 2 else "not since it was written"}
+        about = {"case": name, "fault": case.row, "outcome": case.outcome, "what": case.what}
+        made.append({**about, **(found.get(name) or none)})
     return made
 
 

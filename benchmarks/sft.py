@@ -47,10 +47,10 @@ class Shape:
 SHAPES = {
     "tiny": Shape(micro_tokens=512, step_tokens=1024, row_tokens=256, precision="auto", baselines=("float32",)),
     "0.6b": Shape(micro_tokens=32_768, step_tokens=65_536),
-    "1.7b": Shape(micro_tokens=16_384, step_tokens=65_536),
-    "4b": Shape(micro_tokens=8192, step_tokens=32_768),
+    "1.7b": Shape(micro_tokens=32_768, step_tokens=262_144),
+    "4b": Shape(micro_tokens=8192, step_tokens=65_536),
     # 18 bytes a parameter would be 137 GiB.
-    "8b": Shape(micro_tokens=8192, step_tokens=49_152, precision="bfloat16_stochastic", baselines=("bfloat16",)),
+    "8b": Shape(micro_tokens=8192, step_tokens=65_536, precision="bfloat16_stochastic", baselines=("bfloat16",)),
 }
 PRECISIONS = {
     "float32": "float32 weights and moments under autocast",
