@@ -39,7 +39,6 @@ def saved_bytes(config: DecoderConfig, block: Block, saving: Saving) -> float:
     attention = block.attention
     reads = [_reads_input(each) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
     kept = b * (queries + 2 * keys * config.head_dim + turned + queries) + 4 * heads  # projected, turned, output, lse
-    kept += b * config.head_dim / 2 if b < 4 else 0  # the positions' table, cast
     kept += b * queries if config.sinks and saving.flex else 0  # before and after the sink took its share
     kept += sum(4 * each for each in (heads, keys)) if config.qk_norm else 0
     kept += b * 2 * hidden + 4 * 2  # the block's input and what attention adds to it; a scale for each norm
@@ -56,7 +55,7 @@ def selective_bytes(config: DecoderConfig, block: Block, saving: Saving) -> floa
     of the small ones the compiler gives up is its knapsack's choice: up to a sixth less for Qwen3's shapes."""
     b, hidden = saving.width, config.hidden_size
     heads, keys = config.num_heads / saving.tensor, config.num_kv_heads / saving.tensor
-    kept = b * (2 * hidden + (heads + 2 * keys) * config.head_dim + config.head_dim / 2) + 4 * 2
+    kept = b * (2 * hidden + (heads + 2 * keys) * config.head_dim) + 4 * 2
     kept += 4 * (heads + keys) if config.qk_norm else 0
     kept += b * hidden + 4 * 2 if config.sandwich_norms else 0
     if isinstance(block.mlp, MoE):

@@ -129,11 +129,11 @@ class Attention(nn.Module):
         self.context: Group | None = None
         """Ranks that hold the other tokens."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sins: Tensor, layout: Layout) -> Tensor:
         heads = (x.shape[0], -1, self.head_dim)
         x = copy_in(x, self.tensor)
         q, k, v = (part.reshape(heads) for part in joint(x, (self.q_proj, self.k_proj, self.v_proj)))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = rotate(self.q_norm(q), cos, sins), rotate(self.k_norm(k), cos, sins)
         if self.context is not None:  # one message for both
             k, v = gather_tokens(torch.cat((k, v), dim=1), self.context).chunk(2, dim=1)
         sinks = None if self.sinks is None else local(self.sinks)

@@ -36,8 +36,8 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.mlp_size, activation=config.activation, bias=config.mlp_bias)
         self.mlp_out_norm = norm() if config.sandwich_norms else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        x = x + self.attention_out_norm(self.attention(self.attention_norm(x), cos, sin, layout))
+    def forward(self, x: Tensor, cos: Tensor, sins: Tensor, layout: Layout) -> Tensor:
+        x = x + self.attention_out_norm(self.attention(self.attention_norm(x), cos, sins, layout))
         return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
 
 
@@ -115,8 +115,8 @@ class Decoder(nn.Module):
             windows=set(config.windows),
         )
         held = slice(None) if batch.share is None else batch.share.token_idx
-        tables = {rope: self._tables(rope, batch.position_ids[held]) for rope in set(config.ropes)}
         x = self.embedding(batch.input_ids[held])
+        tables = {rope: self._tables(rope, batch.position_ids[held], x.dtype) for rope in set(config.ropes)}
         if SIDE in self.heads and batch.features is not None:
             x = x + self.heads[SIDE](batch.features[held]).to(x.dtype)
         x = shared(x, self.tensor)
@@ -124,8 +124,8 @@ class Decoder(nn.Module):
             x = run_block(layer, x, *tables[rope], layout, mode=self._recompute)
         return self.norm(copy_in(x, self.tensor))
 
-    def _tables(self, rope: Rope, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _tables(self, rope: Rope, position_ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
         key = (rope, position_ids.device)
         if key not in self._frequencies:  # kept, as a copy to the device every step would wait for the host
             self._frequencies[key] = torch.tensor(rope.frequencies, dtype=torch.float32, device=position_ids.device)
-        return rope_tables(rope, position_ids, self._frequencies[key])
+        return [each.to(dtype) for each in rope_tables(rope, position_ids, self._frequencies[key])]

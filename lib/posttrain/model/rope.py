@@ -47,20 +47,25 @@ def rope_of(parameters: Mapping[str, Any], *, head_dim: int, max_length: int) ->
 
 
 def rope_tables(rope: Rope, position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, [T, 1, head_dim / 2] float32, of positions [T]; broadcast over heads.
+    """cos [T, 1, 1, head_dim / 2] and -sin, sin [T, 1, 2, head_dim / 2], float32, of positions [T]: see rotate().
 
     Args:
         frequencies: rope.frequencies as [head_dim / 2] float32 on the positions' device.
     """
-    angles = position_ids.float()[:, None, None] * frequencies
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    angles = position_ids.float()[:, None, None, None] * frequencies
+    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    return cos, torch.cat((-sin, sin), dim=-2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [T, H, head_dim]; the two halves of a head are the coordinates (GPT-NeoX layout)."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(x: Tensor, cos: Tensor, sins: Tensor) -> Tensor:
+    """Turn [T, H, head_dim]; the two halves of a head are the coordinates (GPT-NeoX layout).
+
+    Args:
+        cos, sins: of rope_tables(), in the dtype of `x`.
+    """
+    # Flipped, not joined from halves: a compiler makes that, and its gradient, a part of the norm's kernel.
+    halves = x.unflatten(-1, (2, -1))
+    return (halves * cos + halves.flip(-2) * sins).flatten(-2)
 
 
 def _llama3(base: Tensor, parameters: Mapping[str, Any]) -> Tensor:

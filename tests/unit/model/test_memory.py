@@ -58,7 +58,10 @@ def kept_by_the_compiler(block: Block, config, dtype=torch.bfloat16) -> tuple[in
         sources = {source(node) for node in output[1:] if hasattr(node, "meta")}
         values = [(node, node.meta["val"]) for node in sources if isinstance(node.meta.get("val"), torch.Tensor)]
         of_tokens = [
-            value for node, value in values if value.numel() and value.numel() % T == 0 and T in lengths(value)
+            value
+            for node, value in values
+            if value.numel() and value.numel() % T == 0 and T in lengths(value)
+            if node.op != "placeholder" or value.ndim < 4  # the positions' tables are all blocks' own
         ]
         weights = [v for node, v in values if node.op == "call_function" and T not in lengths(v) and v.ndim > 1]
         found.append((sum(v.nbytes for v in of_tokens), sum(v.nbytes for v in weights)))
@@ -81,12 +84,12 @@ def kept_by_the_compiler(block: Block, config, dtype=torch.bfloat16) -> tuple[in
     reset()
     with torch.device("meta"):
         x = torch.empty(T, config.hidden_size, dtype=dtype, requires_grad=True)
-        half = torch.empty(T, 1, config.head_dim // 2)
+        tables = [torch.empty(T, 1, parts, config.head_dim // 2, dtype=dtype) for parts in (1, 2)]
         ids, starts = torch.zeros(T, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
     longest = torch.tensor(100, device="cpu")
     where = {"doc_id": ids, "position_ids": ids, "cu_seqlens": starts, "longest": longest}
     layout = Layout(backend="varlen", segments=(segments(starts, (0, T)),), **where)
-    torch.compile(block, backend=backend, fullgraph=True, dynamic=False)(x, half, half, layout)
+    torch.compile(block, backend=backend, fullgraph=True, dynamic=False)(x, *tables, layout)
     return found[0]
 
 
@@ -144,8 +147,8 @@ def test_an_uncompiled_block_keeps_what_autograd_packs(family, dtype):
     where = {"doc_id": torch.zeros_like(ids), "position_ids": ids, "longest": torch.tensor(tokens)}
     layout = Layout(backend="sdpa", cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32), **where)
     rope = config.ropes[0]
-    tables = rope_tables(rope, ids, torch.tensor(rope.frequencies))
-    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    tables = [each.to(dtype) for each in rope_tables(rope, ids, torch.tensor(rope.frequencies))]
+    own = {each.untyped_storage().data_ptr() for each in (*block.parameters(), *tables)}
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own and tensor.is_floating_point():
