@@ -1,7 +1,7 @@
 """A folder of a user's own: `posttrain init grpo my-task` copies a recipe with the rows and the reward that it names.
 
 What comes out is whole: flows/ (the graph; a cluster takes along what lies beside it, the reward too), configs/ (one
-file), data/ (rows as a user would write them), README.md (how to go on). Nothing in it names the built-in task any more.
+file), data/ (rows as a user would write them), README.md. Nothing in it names the built-in task any more.
 """
 
 import json

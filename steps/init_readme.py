@@ -1,4 +1,4 @@
-"""The README.md of a folder that `posttrain init` made: how to run it, what to change first, how to go on, what to read.
+"""The README.md of a folder that `posttrain init` made: how to run it, what to change, how to go on, what to read.
 
 In: the folder, with its config, its flow and its rows. All that is said of the recipe is read from these.
 """

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from posttrain.workflow import markup
 from posttrain.workflow.charts import source_colour
+from posttrain.workflow.terminal_table import print_table
 
 UNKNOWN_SHARE = 0.01
 """A source with more unknown tokens than this is marked: its text is not what the tokenizer was made for."""
@@ -46,7 +47,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     if report["prompts"]:
         rows = [(name.replace("_", " "), *map(found.get, _PROMPTS)) for name, found in report["prompts"].items()]
         _heading(console, "Prompt sets")
-        console.print(_table(["set", "prompts", "tokens", "longest, tokens"], rows))
+        print_table(console, _table(["set", "prompts", "tokens", "longest, tokens"], rows))
 
 
 def report_facts(report: dict[str, Any]) -> list[str]:
@@ -118,7 +119,7 @@ def _print_sources(console: Console, sources: Sequence[dict[str, Any]]) -> None:
         console.print(Text.assemble((_spelled(source["name"]), f"bold {source_colour(i)}"), where))
     for facts in (source_counts, source_state):
         rows = [(source["name"], *facts(source).values()) for source in sources]
-        console.print(_table(["source", *facts(sources[0])], rows))
+        print_table(console, _table(["source", *facts(sources[0])], rows))
     for source in sources:
         if source["dropped"]:
             reasons = _spelled(", ".join(dropped_facts(source)))
@@ -130,7 +131,7 @@ def _print_sources(console: Console, sources: Sequence[dict[str, Any]]) -> None:
 def _print_lengths(console: Console, sources: Sequence[dict[str, Any]], pack_tokens: int) -> None:
     _heading(console, "Lengths of units, tokens", f"A pack holds {pack_tokens:,}.")
     rows = [(source["name"], *map(source["quantiles"].get, QUANTILES)) for source in sources]
-    console.print(_table(["source", *QUANTILES.values()], rows))
+    print_table(console, _table(["source", *QUANTILES.values()], rows))
     numbered = list(enumerate(sources))
     for start in range(0, len(sources), SOURCES_A_TABLE):
         _print_histogram(console, numbered[start : start + SOURCES_A_TABLE])
