@@ -27,7 +27,9 @@ SHOWN_TOKENS = 300
 MARKED_CELLS = 3
 """Characters of the narrowest document whose start is marked."""
 SOURCES_A_TABLE = 3
-"""More histograms beside each other do not fit a terminal of 80 columns."""
+"""Histograms beside each other, at most."""
+HISTOGRAM_COLUMNS = 22
+"""What one of them takes of a terminal, with a little bar and the name of its source; 14 are for what they share."""
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
@@ -133,8 +135,9 @@ def _print_lengths(console: Console, sources: Sequence[dict[str, Any]], pack_tok
     rows = [(source["name"], *map(source["quantiles"].get, QUANTILES)) for source in sources]
     print_table(console, _table(["source", *QUANTILES.values()], rows))
     numbered = list(enumerate(sources))
-    for start in range(0, len(sources), SOURCES_A_TABLE):
-        _print_histogram(console, numbered[start : start + SOURCES_A_TABLE])
+    beside = min(SOURCES_A_TABLE, max(1, (console.width - 14) // HISTOGRAM_COLUMNS))
+    for start in range(0, len(sources), beside):
+        _print_histogram(console, numbered[start : start + beside])
 
 
 def _print_histogram(console: Console, sources: Sequence[tuple[int, dict[str, Any]]]) -> None:
