@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from posttrain.workflow.terminal_table import print_table
+from posttrain.terminal_table import print_table
 
 
 def print_audit(proved: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.terminal_table import print_table
 from posttrain.workflow import markup
 from posttrain.workflow.charts import source_colour
-from posttrain.workflow.terminal_table import print_table
 
 UNKNOWN_SHARE = 0.01
 """A source with more unknown tokens than this is marked: its text is not what the tokenizer was made for."""

@@ -6,8 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from posttrain.terminal_table import print_table
 from posttrain.workflow import markup
-from posttrain.workflow.terminal_table import print_table
 
 GIB = 2**30
 LEAST = 0.005

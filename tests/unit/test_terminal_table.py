@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.workflow.terminal_table import print_table
+from posttrain.terminal_table import print_table
 
 ROWS = [("warmup", "120", "73,334,876", "< 1 ms"), ("grpo", "40", "81,701,462", "2.5 s")]
 
