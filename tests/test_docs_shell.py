@@ -233,4 +233,7 @@ def test_events_train(tasks, tmp_path):
     line = line_of("events.md", "events_tasks.yaml" if tasks else "events_sft.yaml")
     changes = [f"--config-value {key}={value}" for key, value in small.items()]
     said = clone(tmp_path).type(" ".join([line, *changes]))
-    assert "sft 2/2" in said and "exported model: " in said and ("click" in said) == bool(tasks)
+    assert "sft 2/2" in said and "exported model: " in said
+    (run,) = (tmp_path / "runs" / "SFTFlow").iterdir()
+    assert ("eval/watch_hours/loss" in (run / "metrics" / "sft.jsonl").read_text()) == bool(tasks)
+    assert (run / "export" / "heads").is_dir() == bool(tasks)
