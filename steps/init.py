@@ -1,7 +1,7 @@
 """A folder of a user's own: `posttrain init grpo my-task` copies a recipe with the rows and the reward that it names.
 
 What comes out is whole: flows/ (the graph; a cluster takes along what lies beside it, the reward too), configs/ (one
-file), data/ (rows as a user would write them). Nothing in it names the built-in task any more.
+file), data/ (rows as a user would write them), README.md. Nothing in it names the built-in task any more.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 import posttrain
 from posttrain.errors import ConfigError, StorageError
+from steps.init_readme import readme
 
 TASK = "posttrain.data.sort_digits"
 ROWS = 2048
@@ -79,6 +80,8 @@ def init(recipe: str, folder: Path) -> dict[str, Any]:
         _write(folder / "flows" / "my_reward.py", REWARD)
         files["flows/my_reward.py"] = "what a completion is worth"
     files |= {path: "rows, one a line" for path in rows.values()}
+    _write(folder / "README.md", readme(folder, recipe))
+    files = {"README.md": "how to run it, what to change first, how to go on"} | files
     _write(folder / ".gitignore", "runs/\n.metaflow/\n__pycache__/\n")
     steps = [f"cd {folder}", f"posttrain preview configs/{own}", f"python flows/{recipe}_flow.py run"]
     return {"folder": str(folder), "files": files, "next": steps}

@@ -15,8 +15,9 @@ def report(*, evaluation: dict[str, dict[str, Any]], before: str, after: str, ex
     old, new = evaluation[before], evaluation[after]
     title = f"Held-out rows: {new['rows']}" + (f", k = {new['samples']}" if "samples" in new else "")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("", before, after, "change"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("measure")  # a line that began with spaces would lose them: Metaflow strips what a task prints
+    for heading in (before, after, "change"):
+        table.add_column(heading, justify="right")
     rows = []
     for name in measured(evaluation):
         change = round(new[name] - old[name], 4)

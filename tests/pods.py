@@ -79,7 +79,8 @@ class FakeKubernetes(JsonHandler):
         manifest = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if ARGO in self.path:
             plural = self.path.partition("?")[0].rpartition("/")[2]
-            self.server.objects[f"{plural}/{manifest['metadata']['name']}"] = manifest
+            name = manifest["metadata"].setdefault("name", f"{manifest['metadata'].get('generateName')}x7k2p")
+            self.server.objects[f"{plural}/{name}"] = manifest
             return self.answer(201, manifest)
         name = manifest["metadata"].setdefault("name", f"job-{len(self.server.objects)}")
         manifest["metadata"]["namespace"] = "default"

@@ -4,6 +4,8 @@ import asyncio
 import json
 import random
 import re
+import shlex
+import shutil
 from contextlib import chdir
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from posttrain.data.reward import RewardWorker
 from posttrain.model.load import load_decoder
 from posttrain.model.weights import hf_tensors
 from runs import ROOT, SMALL, SMALL_RECIPE, prepared
+from steps.audit import audit
+from terminal import clone, lines_of
 from tiny import tiny_model
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.is_dir())
@@ -28,6 +32,8 @@ FEW = {
     "data.pack_tokens": 256,
     "optim.num_steps": 2,
 }
+MINI = {"data": ("sft", SMALL_RECIPE, "my_data.held_out"), "environment": ("grpo", FEW, "my_game.held_out")}
+"""How an example is made small where it is not as most: its recipe, what of its config is less, its held-out rows."""
 
 
 @pytest.fixture
@@ -122,24 +128,20 @@ def test_own_family_is_a_page_that_a_test_runs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inside", ["own_reward", "own_environment", "own_generator"], indirect=True)
-def test_an_example_of_rl_trains(inside, tmp_path):
-    from steps.grpo import grpo
-
-    rows = {} if "environment" in inside.name else {"data.held_out": "small_task:held_out"}  # 8 in the place of 256
-    few = config(**FEW, **rows)
-    base = prepared(tmp_path, few)
-    result = grpo(few, root=str(tmp_path), model_uri=base.model_uri, tokens_uri=base.tokens_uri)
-    assert result is not None and result["ledger"]["trained"] == 2 * 4 and result["ledger"]["dropped"] == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("inside", ["own_data"], indirect=True)
-def test_an_example_of_rows_trains(inside, tmp_path):
-    from steps.train import train
-
-    few = config(**SMALL_RECIPE)
-    base = prepared(tmp_path, few)
-    uris = {"root": str(tmp_path), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri}
-    result = train(few, **uris, teacher_uri=None, recipe=True)
-    assert result is not None and result["model_uri"]
+@pytest.mark.parametrize("name", ["reward", "environment", "generator", "data"])
+def test_an_example_trains_as_its_page_says(name, tmp_path):
+    terminal = clone(tmp_path)
+    shutil.copytree(ROOT / "examples" / f"own_{name}", tmp_path / "examples" / f"own_{name}")
+    terminal.type(f"cd examples/own_{name}")
+    recipe, few, rows = MINI.get(name, ("grpo", FEW, "small_task.held_out"))
+    few = few | {"data.held_out": "few:held_out"}  # 8 in the place of 256
+    lines = [f"import {rows.partition('.')[0]}", "def held_out(seed):", f"    return {rows}(seed)[:8]"]
+    (terminal.folder / "few.py").write_text("\n".join(lines))
+    changes = [f"--config-value {key}={shlex.quote(json.dumps(value))}" for key, value in few.items()]
+    (line,) = lines_of(f"bring/{name}.md", "run --config config.yaml")
+    said = terminal.type(" ".join([line, *changes]))
+    assert "exported model: " in said
+    (root,) = (terminal.folder / "runs").glob("*/*")
+    proved = audit(str(root), replay=False)["stages"][recipe]
+    assert proved["steps"] == few["optim.num_steps"] and proved["dropped"] == {}
+    assert recipe == "sft" or proved["draws"] == 2 * 4

@@ -29,7 +29,7 @@ def show(registry: Where, as_json: AsJson = False) -> None:
     print(f"version {found.version} is champion: {found.model_uri}")
     for entry in entries:
         why = entry["run"] if entry["action"] == "promote" else f"rolled back: {entry['reason']}"
-        print(f"{entry['generation']:>4}  {entry['time'][:19]}  version {entry['version']}  {why}")
+        print(f"{entry['generation']:>4}  {entry['time'][:19]} UTC  version {entry['version']}  {why}")
 
 
 @app.command()

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from posttrain.terminal_table import print_table
+
 
 def print_audit(proved: dict[str, Any]) -> None:
     """What `posttrain audit` proved, a line for each stage."""
@@ -19,7 +21,7 @@ def print_audit(proved: dict[str, Any]) -> None:
         table.add_row(escape(stage), *numbers, newest, replayed)
     console = Console(highlight=False)
     console.print(f"{proved['root']}: every draw is accounted for", markup=False, soft_wrap=True)
-    console.print(table)
+    print_table(console, table)
     for stage, found in proved["differs"].items():
         line = f"{stage}: step {found['step']} is the first that differs, in its {found['what']}"
         console.print(line, markup=False, soft_wrap=True)
@@ -34,13 +36,14 @@ def print_verified(found: dict[str, Any], names: list[str]) -> None:
     console = Console(highlight=False)
     console.print(line, markup=False, soft_wrap=True)
     for name in names:
-        console.print(f"\n[bold]Agrees with {name}[/bold]  The largest differences of all seeds, and what is allowed.")
+        said = "The largest differences of all seeds and what is allowed: of logits, and of gradients by their norm."
+        console.print(f"\n[bold]Agrees with {name}[/bold]  {said}")
         table = Table(box=SIMPLE_HEAD)
         table.add_column("measure")
         table.add_column("value", justify="right")
         for key, value in found[name].items():
             table.add_row(key, f"{value:.4f}" if key == "top1_agreement" else f"{value:.1e}")
-        console.print(table)
+        print_table(console, table)
 
 
 def print_lineage(runs: list[dict[str, Any]]) -> None:

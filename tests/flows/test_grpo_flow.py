@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nbclient import NotebookClient
 from faulty_s3 import Fault
 from posttrain import storage
 from runs import ROOT, SMALL
+from terminal import line_of
 
 FLOW = str(ROOT / "flows" / "grpo_flow.py")
 
@@ -44,10 +46,18 @@ def overrides(**changes: object) -> list[str]:
     return ["--config-value", "config", json.dumps(SMALL | changes)]
 
 
+def words_of(page: str, words: str) -> list[str]:
+    """What a page has a person type after the name of the flow."""
+    python, script, *rest = shlex.split(line_of(page, words))
+    assert (python, ROOT / script) == ("python", Path(FLOW))
+    return rest
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flow")
-    done = flow(folder, *overrides(), "run", "--run-id-file", "run_id")
+    (folder / "my.yaml").write_text(json.dumps(SMALL))
+    done = flow(folder, *words_of("README.md", "--config my.yaml"), "--run-id-file", "run_id")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (folder / "log").write_text(done.stdout + done.stderr)
     return folder
@@ -168,7 +178,8 @@ def card_content(html: str) -> str:
 )
 def test_resume_from_a_step_keeps_what_came_before(finished: Path, run, step: str):
     origin = (finished / "run_id").read_text()
-    again = flow(finished, "resume", step, "--origin-run-id", origin)
+    told = {"RUN_ID": origin, "evaluate": step}
+    again = flow(finished, *(told.get(word, word) for word in words_of("README.md", "--origin-run-id RUN_ID")))
     assert again.returncode == 0, again.stdout[-3000:]
     assert "exported model: " in again.stdout
     assert "grpo 6/6" not in again.stdout, "the last checkpoint holds all six steps; none is trained twice"
@@ -380,8 +391,12 @@ def test_a_reward_may_lie_in_the_folder_where_the_run_is_started(tmp_path: Path)
 def test_two_runs_side_by_side_do_not_meet(tmp_path: Path):
     from concurrent.futures import ThreadPoolExecutor
 
-    small = overrides(**{"optim.num_steps": 2, "warmup.num_steps": 2})
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    one, other = words_of("README.md", "method.group_size=16"), words_of("config.md", "--config configs/grpo_tiny.yaml")
+    changes = SMALL | {"optim.num_steps": 2, "warmup.num_steps": 2}
+    del changes["base"], changes["method.group_size"]  # the page's own
+    small = [word for key, value in changes.items() for word in ("--config-value", f"{key}={json.dumps(value)}")]
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda _: flow(tmp_path, *small, "run"), range(2)))
+        both = list(pool.map(lambda words: flow(tmp_path, *words, *small), (one, other)))
     assert [done.returncode for done in both] == [0, 0], both[0].stdout[-2000:] + both[1].stdout[-2000:]
     assert len(list((tmp_path / "runs" / "GRPOFlow").iterdir())) == 2

@@ -1,14 +1,12 @@
 """The flows of the recipes on rows, as a person runs them: small, from any folder, to an export that opens."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from runs import ROOT, SMALL_RECIPE, SMALL_ROWS
+from terminal import Terminal, clone, lines_of
 
 SHOWN = {
     "sft": ["loss, nats per token or pair", "reward, greedy", "solved by one of 4 samples", "By slice"],
@@ -19,37 +17,45 @@ SHOWN = {
 SLICED = {name: f"small_task:sliced_{'sft' if name == 'distill' else name}" for name in SHOWN}
 
 
-def environment(folder: Path) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"METAFLOW_HOME": str(folder / "home"), "PYTHONPATH": paths}
-
-
 def overrides(name: str) -> dict[str, object]:
     asked = {} if name == "reward" else {"eval.prompts": "small_task:held_out", "reward.function": "small_task:reward"}
     return {"base": str(ROOT / "configs" / f"{name}_tiny.yaml"), **SMALL_RECIPE, **SMALL_ROWS[name], **asked}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "more"),
-    [("sft", {}), ("dpo", {}), ("reward", {}), ("distill", {}), ("distill", {"method.top_k": 8})],
-    ids=["sft", "dpo", "reward", "distill", "distill offline"],
-)
-def test_a_recipe_runs_from_its_config_to_its_export(tmp_path: Path, name: str, more: dict[str, object]):
-    flow = [sys.executable, str(ROOT / "flows" / f"{name}_flow.py"), "--config-value", "config"]
-    env = environment(tmp_path)
+def run(terminal: Terminal, line: str, name: str, **more: object) -> str:
+    """Type the line that runs a recipe from its file, and look at what it says and makes; its run id."""
     changes = overrides(name) | more | {"data.held_out": SLICED[name], "eval.slice_by": "slice"}
-    command = [*flow, json.dumps(changes), "run", "--run-id-file", "run_id"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{name} 6/6" in done.stdout and "exported model: " in done.stdout
-    assert all(label in done.stdout for label in SHOWN[name])
-    assert "Traceback" not in done.stdout and "Warning" not in done.stdout
-    (export,) = (tmp_path / "runs").glob("*/*/export")
-    (entry,) = json.loads((export / "lineage.json").read_text())
+    (terminal.folder / f"{name}.yaml").write_text(json.dumps(changes))
+    said = terminal.type(f"{line} --run-id-file run_id")
+    assert f"{name} 6/6" in said and "exported model: " in said
+    assert all(label in said for label in SHOWN[name])
+    export = next((terminal.folder / "runs").glob(f"*/{(terminal.folder / 'run_id').read_text()}/export"))
+    entry = json.loads((export / "lineage.json").read_text())[-1]
     assert entry["method"] == name and len(entry["ledger"]) == 64
     card = (export / "README.md").read_text()
     assert "### By slice" in card and "license: unknown" in card and "small_task:" in card
+    return (terminal.folder / "run_id").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("reward", {}), ("distill", {}), ("distill", {"method.top_k": 8})],
+    ids=["reward", "distill", "distill offline"],
+)
+def test_a_recipe_runs_from_its_config_to_its_export(tmp_path: Path, name: str, more: dict[str, object]):
+    run(clone(tmp_path), f"python flows/{name}_flow.py run --config {name}.yaml", name, **more)
+
+
+@pytest.mark.slow
+def test_the_chain_of_the_page_leads_from_demonstrations_to_preferences(tmp_path: Path):
+    terminal = clone(tmp_path)
+    first, second = lines_of("recipes.md", "run:SFTFlow/RUN_ID")
+    made = run(terminal, first, "sft")
+    run(terminal, second.replace("RUN_ID", made), "dpo")
+    (export,) = (tmp_path / "runs" / "DPOFlow").glob("*/export")
+    entries = json.loads((export / "lineage.json").read_text())
+    assert [entry["method"] for entry in entries] == ["sft", "dpo"]
 
 
 @pytest.mark.slow
@@ -58,9 +64,8 @@ def test_a_gate_ends_the_run_before_its_export(tmp_path: Path):
     sliced = {"data.held_out": SLICED["sft"], "eval.slice_by": "slice"}
     gate = {"eval.gate": {"loss": 0, "loss[slice=long]": 0, "loss[slice=short]": 1e9}}
     changes = overrides("sft") | {"eval.prompts": None, "reward": None} | sliced | gate | rate
-    flow = [sys.executable, str(ROOT / "flows" / "sft_flow.py"), "--config-value", "config", json.dumps(changes), "run"]
-    env = environment(tmp_path)
-    done = subprocess.run(flow, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode != 0 and "GateError: eval.gate: loss went from" in done.stdout
-    assert "; loss[slice=long] went from" in done.stdout and "loss[slice=short] went" not in done.stdout
+    (tmp_path / "sft.yaml").write_text(json.dumps(changes))
+    said = clone(tmp_path).type("python flows/sft_flow.py run --config sft.yaml", status=1)
+    assert "GateError: eval.gate: loss went from" in said
+    assert "; loss[slice=long] went from" in said and "loss[slice=short] went" not in said
     assert not list((tmp_path / "runs").glob("*/*/export"))

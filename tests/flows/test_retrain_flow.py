@@ -2,8 +2,8 @@
 
 import base64
 import json
-import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +13,9 @@ import pytest
 from posttrain.data.sort_digits_days import add_day
 from posttrain.workflow import registry
 from runs import ROOT
+from terminal import Terminal, clone, lines_of
 
+ADD_DAY, RUN, SHOW = lines_of("retraining.md", "retrain_flow.py run")
 SMALL = {
     "base": str(ROOT / "configs" / "retrain_tiny.yaml"),
     "model.fresh": {"hidden_size": 32, "num_layers": 2},
@@ -24,14 +26,11 @@ SMALL = {
 }
 
 
-def retrain(folder: Path, fault: str | None = None) -> str:
-    """Run the flow to its end; what it said."""
-    flow = [sys.executable, str(ROOT / "flows" / "retrain_flow.py"), "--config-value", "config", json.dumps(SMALL)]
-    env = os.environ | {"METAFLOW_HOME": str(folder / "home"), "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(folder)}
-    env |= {"POSTTRAIN_FAULT": fault} if fault else {}
-    done = subprocess.run([*flow, "run"], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return done.stdout
+def retrain(terminal: Terminal, fault: str | None = None) -> str:
+    """Run the flow to its end, as the page says; what it said."""
+    terminal.env.pop("POSTTRAIN_FAULT", None)
+    terminal.env |= {"POSTTRAIN_FAULT": fault} if fault else {}
+    return terminal.type(f"{RUN} --config-value config {shlex.quote(json.dumps(SMALL))}")
 
 
 def champion(folder: Path) -> int:
@@ -42,12 +41,12 @@ def champion(folder: Path) -> int:
     return found.version
 
 
-def found_by_tag(folder: Path, *tags: str) -> list[list[str]]:
+def found_by_tag(terminal: Terminal, *tags: str) -> list[list[str]]:
     """Ids of the runs that Metaflow's client finds by each tag."""
     code = "import json, sys; from metaflow import Flow, namespace; namespace(None); flow = Flow('RetrainFlow'); "
     code += "print(json.dumps([[run.id for run in flow.runs(tag)] for tag in sys.argv[1:]]))"
-    env = os.environ | {"METAFLOW_HOME": str(folder / "home"), "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(folder)}
-    done = subprocess.run([sys.executable, "-c", code, *tags], cwd=folder, env=env, capture_output=True, check=True)
+    command = [sys.executable, "-c", code, *tags]
+    done = subprocess.run(command, cwd=terminal.folder, env=terminal.env, capture_output=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -60,14 +59,15 @@ def promotion_cards(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_better_model_is_promoted_a_worse_one_is_not_and_a_killed_promotion_is_finished(tmp_path: Path):
-    where = str(tmp_path / "registry")
-    add_day(tmp_path / "inbox", count=400)
-    said = retrain(tmp_path)
+    where, terminal = str(tmp_path / "registry"), clone(tmp_path)
+    terminal.type(ADD_DAY)
+    said = retrain(terminal)
     assert "1 new files, trained on from the config's model" in said and "promoted: the gain of" in said
     assert champion(tmp_path) == 1
+    assert f"version 1 is champion: {where}/models/RetrainFlow/" in terminal.type(SHOW)
 
     wrong = add_day(tmp_path / "inbox", count=400, wrong=1.0)
-    said = retrain(tmp_path)
+    said = retrain(terminal)
     assert "1 new files, trained on from version 1" in said
     assert "kept: eval.gate: loss went from" in said
     assert champion(tmp_path) == 1 and registry.versions(where) == [1]
@@ -77,17 +77,17 @@ def test_a_better_model_is_promoted_a_worse_one_is_not_and_a_killed_promotion_is
     wrong.unlink()
     add_day(tmp_path / "inbox", count=400)  # the wrong day again, with right answers, and a third
     add_day(tmp_path / "inbox", count=400)
-    said = retrain(tmp_path, fault="registry.after_version")
+    said = retrain(terminal, fault="registry.after_version")
     assert "2 new files, trained on from version 1" in said
     assert said.count("Task is starting (retry)") == 1 and "promoted: the gain of" in said
     assert champion(tmp_path) == 2
     assert [entry["generation"] for entry in registry.history(where)] == [1, 2]
-    roles = found_by_tag(tmp_path, "role:champion-1", "role:champion-2", "role:kept", "role:candidate")
+    roles = found_by_tag(terminal, "role:champion-1", "role:champion-2", "role:kept", "role:candidate")
     assert [len(runs) for runs in roles] == [1, 1, 1, 0]
     manifest = registry.version(where, 2)
     assert manifest["run"] == f"RetrainFlow/{roles[1][0]}"
     assert len(manifest["data"]) == 3 and len(manifest["lineage"]) == 2
 
-    said = retrain(tmp_path)
+    said = retrain(terminal)
     assert "nothing new: version 2 of" in said and "prepare" not in said
     assert champion(tmp_path) == 2 and len(list((tmp_path / "runs" / "RetrainFlow").iterdir())) == 3

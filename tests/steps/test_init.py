@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from posttrain.cli import app
@@ -13,6 +15,8 @@ from posttrain.errors import ConfigError, StorageError
 from runs import ROOT
 from steps import init as init_module
 from steps.init import RECIPES, SHARED, init
+from test_docs_code import blocks, check_command
+from tiny import tiny_model
 
 OF_THEIR_OWN = {"retrain"}
 """Flows whose rows come in day by day: docs/retraining.md."""
@@ -46,6 +50,45 @@ def test_the_folder_is_whole_and_names_only_what_it_holds(tmp_path, recipe):
     assert "_tiny" not in (folder / "flows" / f"{recipe}_flow.py").read_text()
     assert all((folder / name).is_file() for name in made["files"])
     assert ("my_reward" in text) == (folder / "flows" / "my_reward.py").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_readme_names_commands_and_files_that_there_are(tmp_path, monkeypatch, recipe):
+    init(recipe, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    monkeypatch.syspath_prepend(str(tmp_path / "mine" / "flows"))  # as the command does
+    text, commands = (tmp_path / "mine" / "README.md").read_text(), []
+    for block in blocks(tmp_path / "mine" / "README.md"):
+        commands += [shlex.split(line, comments=True) for line in block.text.splitlines()]
+    for words in commands:
+        check_command(words, where=f"README.md of {recipe}")
+    (preview,) = [words[1:] for words in commands if words[:2] == ["posttrain", "preview"]]
+    shown = CliRunner().invoke(app, [*preview, "--config-value", "optim.num_steps=10"])
+    assert shown.exit_code == 0, shown.output
+    config, rows = yaml.safe_load((tmp_path / "mine" / preview[1]).read_text()), re.findall(r"^\| (.*) \|$", text, re.M)
+    for _, where, key, _ in (row.split(" | ") for row in rows[2:]):
+        value = config
+        for part in key.strip("`").split("."):
+            value = value[part]
+        assert (tmp_path / "mine" / where.strip("`")).is_file()
+        if where.startswith("`data/"):
+            assert value == where.strip("`"), key
+    assert all((ROOT / page).is_file() for page in re.findall(r"`(docs/\w+\.md)`", text))
+    assert ("posttrain chat" in text) == (recipe != "reward"), "a reward model writes no text"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_that_is_trained_takes_the_place_of_the_fresh_one_as_the_readme_says(tmp_path, monkeypatch, recipe):
+    init(recipe, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    model = str(tiny_model(tmp_path / "model"))
+    text, changes = (tmp_path / "mine" / "README.md").read_text(), []
+    for key in re.findall(r"`([\w.]+)\.path: FOLDER`", text):
+        changes += [f"{key}.path={model}", f"{key}.fresh=null"]
+    changes += ["warmup=null"] if "`warmup: null`" in text else []
+    words = [word for change in changes for word in ("--config-value", change)]
+    planned = CliRunner().invoke(app, ["plan", f"configs/{recipe}.yaml", *words])
+    assert changes and planned.exit_code == 0, planned.output
 
 
 def test_the_config_says_what_the_recipes_own_says_but_for_rows_and_reward(tmp_path):

@@ -76,12 +76,13 @@ COMMANDS = ["init", "doctor", "preview", "plan", "audit", "verify", "export", "l
 HELP = [[], *([name] for name in COMMANDS), ["registry", "show"], ["registry", "rollback"]]
 
 
+@pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("words", HELP, ids=lambda words: " ".join(words) or "posttrain")
-def test_help_is_whole_at_80_columns(words, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_help_is_whole_on_a_narrow_terminal(words, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     shown = posttrain(*words, "--help")
     assert shown.returncode == 0 and not shown.stderr
-    assert "…" not in shown.stdout and max(map(len, shown.stdout.splitlines())) <= 80
+    assert "…" not in shown.stdout and max(map(len, shown.stdout.splitlines())) <= columns
     commands, told = _below(words), re.findall(r"^│ (\w+) +\S", shown.stdout, re.M)
     assert {name for name in told if name.islower()} == set(commands)
     assert all(command.help for command in commands.values())
@@ -242,6 +243,23 @@ def test_plan_prints_a_table_or_json_and_its_verdict_is_the_exit_status(tmp_path
     done = posttrain("plan", small, "--gpus", 1, "--gpu", "l4", *words)
     assert done.returncode == 1 and not done.stderr, done.stderr
     assert "does not fit" in done.stdout and "bfloat16_stochastic" in done.stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_no_number_of_a_table_is_cut_on_a_narrow_terminal(columns, config, root, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    plan = ["plan", ROOT / "configs" / "grpo_tiny.yaml"]
+    stages = json.loads(posttrain(*plan, "--json").stdout)["stages"]
+    sources = json.loads(posttrain("preview", config.name, "--json", cwd=config.parent).stdout)["sources"]
+    shown = {tuple(words): posttrain(*words, cwd=config.parent).stdout for words in (plan, ["preview", config.name])}
+    planned, previewed = shown.values()
+    for number in [stage[key] for stage in stages for key in ("tokens_per_step", "tokens_per_s")]:
+        assert f"{number:,.0f}" in planned, number
+    for number in [source[key] for source in sources for key in ("rows", "units", "tokens")]:
+        assert f"{number:,}" in previewed, number
+    for text in (*shown.values(), posttrain("audit", root).stdout):
+        assert "…" not in text
+    assert all(heading in previewed for heading in ("unknown", "duplicates", "shortest", "longest"))
 
 
 def test_registry_shows_the_champion_and_goes_back_to_its_parent(tmp_path):

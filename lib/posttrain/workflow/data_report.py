@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.terminal_table import print_table
 from posttrain.workflow import markup
 from posttrain.workflow.charts import source_colour
 
@@ -26,7 +27,9 @@ SHOWN_TOKENS = 300
 MARKED_CELLS = 3
 """Characters of the narrowest document whose start is marked."""
 SOURCES_A_TABLE = 3
-"""More histograms beside each other do not fit a terminal of 80 columns."""
+"""Histograms beside each other, at most."""
+HISTOGRAM_COLUMNS = 22
+"""What one of them takes of a terminal, with a little bar and the name of its source; 14 are for what they share."""
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
@@ -46,7 +49,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     if report["prompts"]:
         rows = [(name.replace("_", " "), *map(found.get, _PROMPTS)) for name, found in report["prompts"].items()]
         _heading(console, "Prompt sets")
-        console.print(_table(["set", "prompts", "tokens", "longest, tokens"], rows))
+        print_table(console, _table(["set", "prompts", "tokens", "longest, tokens"], rows))
 
 
 def report_facts(report: dict[str, Any]) -> list[str]:
@@ -118,7 +121,7 @@ def _print_sources(console: Console, sources: Sequence[dict[str, Any]]) -> None:
         console.print(Text.assemble((_spelled(source["name"]), f"bold {source_colour(i)}"), where))
     for facts in (source_counts, source_state):
         rows = [(source["name"], *facts(source).values()) for source in sources]
-        console.print(_table(["source", *facts(sources[0])], rows))
+        print_table(console, _table(["source", *facts(sources[0])], rows))
     for source in sources:
         if source["dropped"]:
             reasons = _spelled(", ".join(dropped_facts(source)))
@@ -130,10 +133,11 @@ def _print_sources(console: Console, sources: Sequence[dict[str, Any]]) -> None:
 def _print_lengths(console: Console, sources: Sequence[dict[str, Any]], pack_tokens: int) -> None:
     _heading(console, "Lengths of units, tokens", f"A pack holds {pack_tokens:,}.")
     rows = [(source["name"], *map(source["quantiles"].get, QUANTILES)) for source in sources]
-    console.print(_table(["source", *QUANTILES.values()], rows))
+    print_table(console, _table(["source", *QUANTILES.values()], rows))
     numbered = list(enumerate(sources))
-    for start in range(0, len(sources), SOURCES_A_TABLE):
-        _print_histogram(console, numbered[start : start + SOURCES_A_TABLE])
+    beside = min(SOURCES_A_TABLE, max(1, (console.width - 14) // HISTOGRAM_COLUMNS))
+    for start in range(0, len(sources), beside):
+        _print_histogram(console, numbered[start : start + beside])
 
 
 def _print_histogram(console: Console, sources: Sequence[tuple[int, dict[str, Any]]]) -> None:

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from posttrain.terminal_table import print_table
 from posttrain.workflow import markup
 
 GIB = 2**30
@@ -22,7 +23,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"trained, {counts['active'] / 1e6:,.1f} M met by a token; {setup['precision']}, packs of "
         f"{setup['pack_tokens']:,} tokens, {setup['data']} data ranks",
         markup=False,
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
     moment = plan["memory"]["moment"]
     _print(console, "Memory", f"Of a GPU at its fullest: {moment}.", _memory(plan))
@@ -36,7 +37,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"Host memory: {_gib(plan['host_bytes'])} GiB",
         "Assumed: " + "; ".join(plan["assumptions"]),
     ):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False, soft_wrap=not console.is_terminal)
     if plan["fits"]:
         return
     table = Table("change", box=SIMPLE_HEAD)
@@ -49,7 +50,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def _print(console: Console, title: str, note: str, table: Table) -> None:
     console.print(f"\n[bold]{title}[/bold]  {note}")
-    console.print(table)
+    print_table(console, table)
 
 
 def _gib(size: float) -> str:

@@ -295,3 +295,13 @@ def test_cells_show_the_token_in_their_middle(lengths, width):
 def test_printing_a_report_needs_no_metaflow():
     code = "import sys, posttrain.workflow.data_report; print({'metaflow', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 200])
+def test_names_of_three_sources_stand_whole_on_a_terminal_of_any_width(width):
+    text = printed(report(*(source(number) for number in range(3))), width=width)
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    histograms = [line for line in text.splitlines() if line.strip().startswith("from")]
+    assert re.findall(r"data\.sources\[\d\]", "".join(histograms)) == [f"data.sources[{n}]" for n in range(3)]
+    for number in ("16,384", "5,000,000", "8,104", "4,003"):
+        assert text.count(number) >= 3, number
