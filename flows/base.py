@@ -17,6 +17,7 @@ from metaflow.util import get_username
 import posttrain  # noqa: F401  (imported here so that the code package carries it)
 import steps  # noqa: F401
 from placement import on_hardware, refuse_gang_of_small_ids, where_it_runs
+from posttrain.compute.pool import SPINS
 from posttrain.errors import ConfigError
 from posttrain.overrides import metaflow_arguments
 from refusal import Refused, exit_code, refusing
@@ -273,6 +274,7 @@ def main(flow: type[FlowSpec], *, config: str) -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if get_username() is None:  # root, or a container without a user name: Metaflow would refuse
         os.environ["USERNAME"] = "posttrain"
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # for what a task computes itself
     sys.path.append(os.getcwd())  # a plug-in may lie where the run is started; last, so that it hides nothing
     try:
         sys.argv[1:] = metaflow_arguments(sys.argv[1:], default=CONFIGS / config)
