@@ -9,9 +9,8 @@ from typing import Any, Literal
 from posttrain.errors import ComputeError
 
 SPINS = "1000"
-"""Looks that a thread takes at a barrier before it sleeps, in GNU's OpenMP, which torch has on Linux. By itself it takes
-300,000: where another program has the core of the thread that is waited for, nearly all time goes there. On free cores
-neither is faster (`python -m benchmarks.busy_cores`)."""
+"""Looks that a thread takes at a barrier before it sleeps, in GNU's OpenMP, which torch has on Linux. By itself it
+takes 300,000: where another program has the core of the thread that is waited for, nearly all time goes there."""
 
 PLACE_S = 60.0
 """For a cluster that is up and has the room, seconds; it takes well under one."""
