@@ -2,8 +2,9 @@
 
 Four measurements, each in processes of their own and in a folder of their own: the import of the package with its
 config schema, beside a bound of one second; Ray brought up and down as a step does; a flow of ours whose steps have no
-program (benchmarks/flows/idle_flow.py), beside bare Metaflow with as many tasks and cards; and the default flow,
-`python flows/grpo_flow.py run`: seconds of every step by Metaflow's own log, and what its training steps say they did.
+program (benchmarks/flows/idle_flow.py), beside bare Metaflow with as many tasks and cards, and again with a typed
+config in every task, as where a step calls a program (typed_flow.py); and the default flow, `python
+flows/grpo_flow.py run`: seconds of every step by Metaflow's own log, and what its training steps say they did.
 To be run on an idle machine: the load at the start is in every row.
 
     python -m benchmarks.startup [--repeat 3] [--no-run] [--out FILE]
@@ -72,17 +73,20 @@ def ray_started(repeat: int) -> dict[str, Any]:
 
 def flow_overhead(repeat: int) -> dict[str, Any]:
     """Seconds of flows without work, the best of some each, in turn; and of processors, which other load moves less."""
-    found: dict[str, list[float]] = {"idle": [], "bare": []}
-    cpu: dict[str, list[float]] = {"idle": [], "bare": []}
+    found: dict[str, list[float]] = {"idle": [], "typed": [], "bare": []}
+    cpu: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(repeat):
         for name, runs in found.items():
             path, before = ROOT / "benchmarks" / "flows" / f"{name}_flow.py", cpu_s()
             with own_folder() as how:
                 runs.append(seconds_of([sys.executable, str(path), "run"], **how))
             cpu[name].append(round(cpu_s() - before, 2))
-    ours, bare = (min(found[name]) for name in ("idle", "bare"))
+    over = {name: round(min(found[name]) / min(found["bare"]) - 1, 3) for name in ("idle", "typed")}
+    over_cpu = {name: round(min(cpu[name]) / min(cpu["bare"]) - 1, 3) for name in ("idle", "typed")}
     what = "a flow without work, 9 tasks and 5 cards; baseline: the same on bare Metaflow"
-    return made(what, ours=ours, baseline=bare, overhead=round(ours / bare - 1, 3), all_s=found, cpu_s=cpu)
+    more = {"overhead": over["idle"], "cpu_overhead": over_cpu["idle"], "all_s": found, "cpu_s": cpu}
+    more |= {"overhead_typed": over["typed"], "cpu_overhead_typed": over_cpu["typed"]}
+    return made(what, ours=min(found["idle"]), baseline=min(found["bare"]), **more)
 
 
 def cpu_s() -> float:

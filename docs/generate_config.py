@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 
 from posttrain.config import RunConfig, Section
 from posttrain.config_retrain import Retrain
+from posttrain.config_section import docstrings
 
 DOCS = Path(__file__).resolve().parent
 HEAD = """# Configuration
@@ -37,7 +38,7 @@ def rows(section: type[Section], path: str, title: str = "Top level") -> list[st
     summary = (section.__doc__ or "").strip().splitlines()[0]
     table = [f"\n## {title}\n\n{summary}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
     below: list[str] = []
-    schema = section.model_json_schema()["properties"]
+    schema, meanings = section.model_json_schema()["properties"], docstrings(section)
     for name, field in section.model_fields.items():
         inner = sections_of(field)
         dotted = f"{path}.{name}" if path else name
@@ -47,7 +48,7 @@ def rows(section: type[Section], path: str, title: str = "Top level") -> list[st
         if inner:
             continue
         default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), default=str)}`"
-        meaning = " ".join((field.description or "").split())
+        meaning = " ".join(meanings[name].split())
         table.append(f"| `{name}` | {kind(schema[name])} | {default} | {meaning} |")
     return (table if len(table) > 3 else []) + below
 

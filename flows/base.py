@@ -6,10 +6,10 @@ A flow subclasses PostTrainFlow, names its own config and, in run_training(), it
 program. The steps are programs in steps/; here are only their order, resources and artifacts.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from metaflow import Config, FlowSpec, card, current, parallel, retry, step
 from metaflow.util import get_username
@@ -17,26 +17,36 @@ from metaflow.util import get_username
 import posttrain  # noqa: F401  (imported here so that the code package carries it)
 import steps  # noqa: F401
 from placement import on_hardware, refuse_gang_of_small_ids, where_it_runs
-from posttrain.config import RunConfig
-from posttrain.config_file import TypedConfig, load_config
+from posttrain.compute.pool import SPINS
 from posttrain.errors import ConfigError
 from posttrain.overrides import metaflow_arguments
 from refusal import Refused, exit_code, refusing
 from spot import heeding_spot_notices
 from tags import name_of, tag_run
 
+if TYPE_CHECKING:  # a run has twice as many processes as tasks, most of which need no schema
+    from posttrain.config import RunConfig
+    from posttrain.config_file import TypedConfig
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def own_config(name: str, schema: type[RunConfig] = RunConfig) -> Config:
-    """The config of a flow, read from configs/`name` where the command line names no other."""
+def own_config(name: str, schema: str = "posttrain.config:RunConfig") -> Config:
+    """The config of a flow, read from configs/`name` where the command line names no other.
+
+    Args:
+        schema: class of the config, `package.module:name`; imported where the text is read, once for all tasks.
+    """
 
     def parse(text: str) -> dict:
         """It returns plain data, because Metaflow stores it."""
+        from posttrain.config_file import load_config
+        from posttrain.plugin import resolve
+
         own = CONFIGS / name  # Metaflow hands over the text alone
         where = {"where": str(own)} if own.is_file() and own.read_text() == text else {}
         try:
-            return load_config(text, schema, **where).model_dump(mode="json")
+            return load_config(text, resolve(schema, key="schema"), **where).model_dump(mode="json")
         except ConfigError as error:
             raise Refused(str(error)) from None
 
@@ -160,15 +170,19 @@ class PostTrainFlow(FlowSpec):
         )
 
     @property
-    def cfg(self) -> RunConfig:
+    def cfg(self) -> "RunConfig":
         """The typed config, with the backend that this task really runs on."""
+        from posttrain.config import RunConfig
+
         return self.typed(RunConfig)
 
-    def typed(self, schema: type[TypedConfig]) -> TypedConfig:
+    def typed(self, schema: "type[TypedConfig]") -> "TypedConfig":
         """The whole config of the flow, as what its schema makes of it."""
+        from posttrain.config_file import checked_config
+
         document = self.config.to_dict()
         document["parallel"] |= where_it_runs()
-        return refusing(load_config, json.dumps(document), schema)
+        return refusing(checked_config, document, schema)
 
     def plan_run(self):
         """The program of the step `start`."""
@@ -260,6 +274,7 @@ def main(flow: type[FlowSpec], *, config: str) -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if get_username() is None:  # root, or a container without a user name: Metaflow would refuse
         os.environ["USERNAME"] = "posttrain"
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # for what a task computes itself
     sys.path.append(os.getcwd())  # a plug-in may lie where the run is started; last, so that it hides nothing
     try:
         sys.argv[1:] = metaflow_arguments(sys.argv[1:], default=CONFIGS / config)

@@ -8,7 +8,6 @@ from metaflow import card, retry, step
 
 from base import PostTrainFlow, main, own_config, refusing
 from due import when_due
-from posttrain.config_retrain import RetrainConfig
 
 OWN = "retrain_tiny.yaml"
 
@@ -17,14 +16,14 @@ OWN = "retrain_tiny.yaml"
 class RetrainFlow(PostTrainFlow):
     """One run looks, trains, compares and promotes; late, doubled or killed it does a registry no harm."""
 
-    config = own_config(OWN, RetrainConfig)
+    config = own_config(OWN, "posttrain.config_retrain:RetrainConfig")
 
     @step
     def start(self):
         """What came since the champion was trained; without news the run ends well."""
         from steps.retrain import look
 
-        self.found = refusing(look, self.typed(RetrainConfig))
+        self.found = refusing(look, self.whole)
         print(self.found["why"], flush=True)
         self.news = self.found["news"]
         if self.news == "some":
@@ -48,7 +47,7 @@ class RetrainFlow(PostTrainFlow):
         from steps.promote import promote
 
         made = {"evaluation": self.evaluation, "exported_uri": self.exported["uri"], "provenance": self.provenance}
-        self.promotion = refusing(promote, self.typed(RetrainConfig), found=self.found, **made)
+        self.promotion = refusing(promote, self.whole, found=self.found, **made)
         show_promotion(self.promotion, self.evaluation)
         promoted = self.promotion["outcome"] == "promoted"
         self.label(role=f"champion-{self.promotion['version']}" if promoted else self.promotion["outcome"])
@@ -62,14 +61,21 @@ class RetrainFlow(PostTrainFlow):
             print(f"{self.promotion['outcome']}: {self.promotion['why']}", flush=True)
 
     @property
+    def whole(self):
+        """The config of all runs."""
+        from posttrain.config_retrain import RetrainConfig
+
+        return self.typed(RetrainConfig)
+
+    @property
     def cfg(self):
         """The config of this run: the champion's weights, and the rows that are new."""
         from steps.retrain import retrained
 
-        return refusing(retrained, self.typed(RetrainConfig), self.found)
+        return refusing(retrained, self.whole, self.found)
 
     def scored_by(self):
-        return self.typed(RetrainConfig).retrain.measure
+        return self.whole.retrain.measure
 
     def run_training(self):
         from posttrain.workflow.views import DPO, SFT

@@ -1,9 +1,12 @@
 """A run's tags: what it is found by in the Metaflow UI, and with `Flow("GRPOFlow").runs("recipe:grpo")`."""
 
+from typing import TYPE_CHECKING
+
 from metaflow import current
 from metaflow.exception import MetaflowException
 
-from posttrain.config import Origin
+if TYPE_CHECKING:
+    from posttrain.config import Origin
 
 
 def tag_run(labels: dict[str, str]) -> None:
@@ -23,7 +26,7 @@ def tag_run(labels: dict[str, str]) -> None:
         print(f"WARNING: this run has no tags: {error}", flush=True)
 
 
-def name_of(model: Origin) -> str:
+def name_of(model: "Origin") -> str:
     """What a run starts from, short enough for a tag: fresh, FLOW/RUN of a chain, or the last part of a path."""
     if model.path is None:
         return "fresh"

@@ -2,7 +2,9 @@
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -58,7 +60,23 @@ def load_config(text: str, schema: type[TypedConfig] = RunConfig, *, where: str 
             that says so and, for an unknown key, the nearest known one.
     """
     places: dict[tuple[str, ...], str] = {}
-    document = _document(text, where=where, seen=(), places=places)
+    return checked_config(_document(text, where=where, seen=(), places=places), schema, places=places)
+
+
+def checked_config(
+    document: dict[str, Any],
+    schema: type[TypedConfig] = RunConfig,
+    *,
+    places: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+) -> TypedConfig:
+    """What load_config() makes of a document that is read, and names no base.
+
+    Args:
+        places: path of a key -> the file that set it, for the messages.
+
+    Raises:
+        ConfigError: as load_config() does.
+    """
     try:
         return schema.model_validate(document)
     except ValidationError as error:
@@ -112,7 +130,7 @@ def _leaves(above: tuple[str, ...], value: Any) -> list[tuple[str, ...]]:
     return [leaf for key, inner in value.items() for leaf in _leaves((*above, *_parts(str(key))), inner)]
 
 
-def _place(loc: tuple[int | str, ...], places: dict[tuple[str, ...], str]) -> str:
+def _place(loc: tuple[int | str, ...], places: Mapping[tuple[str, ...], str]) -> str:
     """The file that set a key, or what is in it, as words at the end of a line."""
     path = tuple(map(str, loc))
     for leaf, where in places.items():

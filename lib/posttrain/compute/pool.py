@@ -8,6 +8,10 @@ from typing import Any, Literal
 
 from posttrain.errors import ComputeError
 
+SPINS = "1000"
+"""Looks that a thread takes at a barrier before it sleeps, in GNU's OpenMP, which torch has on Linux. By itself it
+takes 300,000: where another program has the core of the thread that is waited for, nearly all time goes there."""
+
 PLACE_S = 60.0
 """For a cluster that is up and has the room, seconds; it takes well under one."""
 
@@ -71,6 +75,7 @@ def environment(pool: Pool) -> dict[str, str]:
     """Variables of an actor's process."""
     found = {
         "OMP_NUM_THREADS": str(pool.threads),
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPINS),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # plug-ins import there as they do here
     }

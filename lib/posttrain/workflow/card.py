@@ -21,7 +21,7 @@ from posttrain.workflow.rollout_table import RolloutSample
 from posttrain.workflow.rollouts import DroppedGroup
 
 REDRAW_SECONDS = 1.0
-"""Metaflow sends a card at most about once a second; drawing more often would only cost time."""
+"""Drawing takes milliseconds; Metaflow sends what was drawn last, every 5 s at most, in a process of its own."""
 TABLE_SECONDS = 10.0
 """Between two new tables of rollouts: who pages through one begins anew with the next."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from plain_actors import Crowded, Starved, Unstartable, Worker
 from posttrain.compute.cluster import Gang, ray_cluster
-from posttrain.compute.pool import Pool, by_node
+from posttrain.compute.pool import SPINS, Pool, by_node, environment
 from posttrain.compute.whereabouts import last_words, tail
 from posttrain.compute.workers import ActorGroup
 from posttrain.errors import ComputeError, DataError, WorkerDiedError
@@ -189,6 +189,13 @@ def test_a_group_that_does_not_fit_is_refused_with_what_is_free(cluster, monkeyp
     monkeypatch.setattr("posttrain.compute.pool.PLACE_S", 1.0)
     with pytest.raises(ComputeError, match=r"worker: no room for 2 actors of \{'CPU': 8\}; the cluster has . CPUs"):
         ActorGroup("worker", Worker, [{"rank": 0}, {"rank": 1}], Pool(cpus=8, placement="SPREAD"))
+
+
+def test_threads_of_an_actor_soon_sleep_at_a_barrier_unless_a_person_says_otherwise(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert environment(Pool(threads=2))["GOMP_SPINCOUNT"] == SPINS
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert environment(Pool(threads=2))["GOMP_SPINCOUNT"] == "7"
 
 
 def test_ranks_of_a_node_are_consecutive():
