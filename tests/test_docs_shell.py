@@ -112,7 +112,7 @@ def typed(line: str, folder, monkeypatch, **words: str) -> str:
 
 def test_make_starts_what_the_readme_says(tmp_path):
     def would_run(target: str, venv: str) -> str:
-        words = ["make", "--dry-run", f"VENV={venv}", target]
+        words = ["make", "--no-print-directory", "--dry-run", f"VENV={venv}", target]
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     first, _ = lines_of("README.md", "make run")
