@@ -29,7 +29,7 @@ def readme(folder: Path, recipe: str) -> str:
         "run": [
             ("posttrain doctor", "is this machine fit?"),
             (f"posttrain preview {config_file}", "rows, masks and packs, as they would be trained"),
-            (f"python flows/{recipe}_flow.py run", "prints its RUN_ID at every line"),
+            (f"python {flow} run", "prints its RUN_ID at every line"),
         ],
         "resume": [(f"python {flow} resume", f"the last run, from its last checkpoint; one comes every {every} steps")],
         "look": [

@@ -1,6 +1,7 @@
 """The flows of the recipes on rows, as a person runs them: small, from any folder, to an export that opens."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,19 +23,24 @@ def overrides(name: str) -> dict[str, object]:
     return {"base": str(ROOT / "configs" / f"{name}_tiny.yaml"), **SMALL_RECIPE, **SMALL_ROWS[name], **asked}
 
 
-def run(terminal: Terminal, line: str, name: str, **more: object) -> str:
-    """Type the line that runs a recipe from its file, and look at what it says and makes; its run id."""
+def run(terminal: Terminal, line: str, name: str, *, before: Sequence[str] = (), **more: object) -> str:
+    """Type the line that runs a recipe from its file, and look at what it says and makes; its run id.
+
+    Args:
+        before: the recipes that its model has gone through.
+    """
     changes = overrides(name) | more | {"data.held_out": SLICED[name], "eval.slice_by": "slice"}
     (terminal.folder / f"{name}.yaml").write_text(json.dumps(changes))
     said = terminal.type(f"{line} --run-id-file run_id")
     assert f"{name} 6/6" in said and "exported model: " in said
     assert all(label in said for label in SHOWN[name])
-    export = next((terminal.folder / "runs").glob(f"*/{(terminal.folder / 'run_id').read_text()}/export"))
-    entry = json.loads((export / "lineage.json").read_text())[-1]
-    assert entry["method"] == name and len(entry["ledger"]) == 64
+    run_id = (terminal.folder / "run_id").read_text()
+    (export,) = (terminal.folder / "runs").glob(f"*/{run_id}/export")
+    entries = json.loads((export / "lineage.json").read_text())
+    assert [entry["method"] for entry in entries] == [*before, name] and len(entries[-1]["ledger"]) == 64
     card = (export / "README.md").read_text()
     assert "### By slice" in card and "license: unknown" in card and "small_task:" in card
-    return (terminal.folder / "run_id").read_text()
+    return run_id
 
 
 @pytest.mark.slow
@@ -52,10 +58,7 @@ def test_the_chain_of_the_page_leads_from_demonstrations_to_preferences(tmp_path
     terminal = clone(tmp_path)
     first, second = lines_of("recipes.md", "run:SFTFlow/RUN_ID")
     made = run(terminal, first, "sft")
-    run(terminal, second.replace("RUN_ID", made), "dpo")
-    (export,) = (tmp_path / "runs" / "DPOFlow").glob("*/export")
-    entries = json.loads((export / "lineage.json").read_text())
-    assert [entry["method"] for entry in entries] == ["sft", "dpo"]
+    run(terminal, second.replace("RUN_ID", made), "dpo", before=["sft"])
 
 
 @pytest.mark.slow
