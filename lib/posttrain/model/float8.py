@@ -150,29 +150,23 @@ def cast(
     return x8 if layouts[0] else empty, x8.t().contiguous() if layouts[1] else empty
 
 
-@torch.library.custom_op("posttrain::cast_float8", mutates_args=())
+@torch.library.triton_op("posttrain::cast_float8", mutates_args=())
 def _cast(
     parts: list[Tensor], scale: Tensor, dtype: torch.dtype, dim: int, with_rows: bool, with_columns: bool
 ) -> tuple[Tensor, Tensor]:
     from posttrain.model.float8_kernels import cast_tile, tiles
 
-    kernel: Any = cast_tile  # subscripted: Triton's way to say how many programs
+    # Written into both at offsets: an update of a view of float8 is one that torch 2.11's compiler cannot write.
+    kernel: Any = torch.library.wrap_triton(cast_tile)  # subscripted: Triton's way to say how many programs
     rows, columns = _empty(parts, dtype, dim, with_rows, with_columns)
     start = 0
     for part in parts:
         part = part if part.stride(1) == 1 else part.contiguous()
-        (m, n), size = part.shape, part.shape[dim]
-        mine = rows.narrow(dim, start, size) if with_rows else rows
-        turned = columns.narrow(1 - dim, start, size) if with_columns else columns
-        strides = part.stride(0), mine.stride(0), turned.stride(0)
-        kernel[tiles(m, n)](part, scale, mine, turned, m, n, *strides, with_rows, with_columns)
-        start += size
+        (m, n), strides = part.shape, (part.stride(0), rows.stride(0), columns.stride(0))
+        offsets = (start * rows.stride(0), start) if dim == 0 else (start, start * columns.stride(0))
+        kernel[tiles(m, n)](part, scale, rows, columns, m, n, *strides, *offsets, with_rows, with_columns)
+        start += part.shape[dim]
     return rows, columns
-
-
-@_cast.register_fake
-def _(parts, scale, dtype, dim, with_rows, with_columns):
-    return _empty(parts, dtype, dim, with_rows, with_columns)
 
 
 def _empty(parts: list[Tensor], dtype: torch.dtype, dim: int, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
