@@ -100,8 +100,8 @@ Training:
   operands twice over, and both weights are copied: 7 ms and 1.3 GiB at 1.7B. Inductor's `coordinate_descent_tuning`,
   and its other way to concatenate (`max_pointwise_cat_inputs = 0`), changed nothing beyond noise.
 - **Float8's casts are launched by the compiled block.** As a custom op each of a block's dozen was a call of Python,
-  and whole steps at 1.7B were 1.08 times as fast as in bfloat16; the same kernels as a `triton_op`, which the compiler
-  launches itself, make it what `float8` shows. The products of a block are 1.6 to 2 times as fast
+  and whole steps at 1.7B were 1.08 times as fast as in bfloat16; with the same kernels as a `triton_op`, which the
+  compiler launches itself, they are as `float8` shows. The products of a block are 1.6 to 2 times as fast
   (`benchmarks.float8 --matmuls`). Short accumulators in the gradients too, or casts by the compiler, were no faster.
 - **The larger the model and the micro-batch, the closer to TRL.** More of either side's step is then the same matmuls
   of cuBLAS: the ratio of `sft` falls from 0.6B to 8B, where either side is above half of the data sheet's peak.

@@ -7,13 +7,12 @@ leaves the transpose too.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.errors import ModelError
+from posttrain.model import float8_kernels
 from posttrain.model.decoder import Decoder
 from posttrain.model.families import DecoderConfig
 from posttrain.model.lora import linears
@@ -144,36 +143,10 @@ def cast(
         layouts: which of the two are wanted; the other is empty.
     """
     if parts[0].is_cuda:
-        return _cast(list(parts), scale, dtype, dim, *layouts)
+        return float8_kernels.cast_float8(list(parts), scale, dtype, dim, *layouts)
     x8 = torch.cat([(part.float() * scale).to(dtype) for part in parts], dim)
     empty = x8.new_empty(0)
     return x8 if layouts[0] else empty, x8.t().contiguous() if layouts[1] else empty
-
-
-@torch.library.triton_op("posttrain::cast_float8", mutates_args=())
-def _cast(
-    parts: list[Tensor], scale: Tensor, dtype: torch.dtype, dim: int, with_rows: bool, with_columns: bool
-) -> tuple[Tensor, Tensor]:
-    from posttrain.model.float8_kernels import cast_tile, tiles
-
-    # Written into both at offsets: an update of a view of float8 is one that torch 2.11's compiler cannot write.
-    kernel: Any = torch.library.wrap_triton(cast_tile)  # subscripted: Triton's way to say how many programs
-    rows, columns = _empty(parts, dtype, dim, with_rows, with_columns)
-    start = 0
-    for part in parts:
-        part = part if part.stride(1) == 1 else part.contiguous()
-        (m, n), strides = part.shape, (part.stride(0), rows.stride(0), columns.stride(0))
-        offsets = (start * rows.stride(0), start) if dim == 0 else (start, start * columns.stride(0))
-        kernel[tiles(m, n)](part, scale, rows, columns, m, n, *strides, *offsets, with_rows, with_columns)
-        start += part.shape[dim]
-    return rows, columns
-
-
-def _empty(parts: list[Tensor], dtype: torch.dtype, dim: int, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
-    sides = list(parts[0].shape)
-    sides[dim] = sum(part.shape[dim] for part in parts)
-    new = partial(parts[0].new_empty, dtype=dtype)
-    return new(sides if rows else 0), new(sides[::-1] if columns else 0)
 
 
 def scaled_mm(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, *, dtype: torch.dtype, fast: bool) -> Tensor:
