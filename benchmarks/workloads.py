@@ -43,12 +43,12 @@ def count_of(workload: str, tokens: int, *, seed: int, longest: int = LONGEST) -
 
 def packs_of(found: list[np.ndarray], pack_tokens: int) -> list[Any]:
     """The documents as a run packs them: window by window, every token but the first a target."""
-    from posttrain.data.mixture import WINDOW
+    from posttrain.data.mixture import window_draws
     from posttrain.data.pack import pack
     from posttrain.data.sample import shift
 
     units = [(shift(ids, np.ones(len(ids))),) for ids in found]
-    made = []
-    for start in range(0, len(units), WINDOW):
-        made += pack(units[start : start + WINDOW], pack_tokens=pack_tokens)
+    made, window = [], window_draws(pack_tokens)
+    for start in range(0, len(units), window):
+        made += pack(units[start : start + window], pack_tokens=pack_tokens)
     return made

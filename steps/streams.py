@@ -9,7 +9,7 @@ from typing import Any
 from posttrain import storage
 from posttrain.config import DataSource, RunConfig
 from posttrain.data.encode import Encoder
-from posttrain.data.mixture import Mixture, Part
+from posttrain.data.mixture import Mixture, Part, window_draws
 from posttrain.data.record_checks import question_hash
 from posttrain.data.records import Format
 from posttrain.data.row_reader import RowReader
@@ -70,7 +70,7 @@ def pack_stream(
         )
         for entry, source in zip(config.data.sources, sources, strict=True)
     ]
-    mixture = Mixture(parts, seed=config.seed)
+    mixture = Mixture(parts, seed=config.seed, window=window_draws(config.data.pack_tokens))
     units = [ChosenUnits(each) for each in units] if chosen_only else units
     return PackStream(mixture, units, pack_tokens=config.data.pack_tokens, seed=config.seed)
 

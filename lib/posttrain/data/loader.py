@@ -14,6 +14,7 @@ from threading import Thread
 from typing import Any
 
 from posttrain.data.encode import CHOSEN_DROPS
+from posttrain.data.mixture import WINDOW
 from posttrain.data.stream import PackStream, Window
 from posttrain.data.types import Pack
 from posttrain.errors import ComputeError, DataError
@@ -51,8 +52,18 @@ class Loader:
             max_bad_rows: rows that may be left out for a fault of theirs; one more stops the run.
             state: what state() returned; None starts at the beginning.
             timeout_s: deadline of one window, seconds.
+
+        Raises:
+            DataError: the state counts in windows of another size.
         """
-        state = state or {"window": 0, "packs": 0, "counts": [0] * len(stream.sources), "dropped": {}}
+        self._draws = stream.mixture.window_size
+        start = {"window": 0, "packs": 0, "counts": [0] * len(stream.sources), "dropped": {}, "draws": self._draws}
+        state = state or start
+        if (draws := state.get("draws", WINDOW)) != self._draws:
+            raise DataError(
+                f"the checkpoint counts in windows of {draws} draws and this run's have {self._draws}: its place in the "
+                "data cannot be found; resume it with the data.pack_tokens and the version of posttrain that wrote it"
+            )
         self._submit, self.ahead = submit, ahead
         self.max_bad_rows, self.timeout_s = max_bad_rows, timeout_s
         self.window, self.packs = int(state["window"]), int(state["packs"])
@@ -101,6 +112,7 @@ class Loader:
             "packs": self.packs,
             "counts": list(self.counts),
             "dropped": dict(self.dropped),
+            "draws": self._draws,
         }
 
     def forget(self) -> None:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.data.mixture import Mixture, Part
+from posttrain.data.mixture import Mixture, Part, window_draws
+from posttrain.data.pack import plan
 from posttrain.errors import DataError
 
 
@@ -71,6 +72,17 @@ def test_a_used_up_source_leaves_its_share_to_the_others():
     counts = mixture.counts_before(50)
     assert counts[0] == 10
     assert abs(counts[2] / (counts[1] + counts[2]) - 2 / 3) < 0.02
+
+
+def test_packs_of_any_length_take_enough_draws_to_be_full():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(350), 1.2, 16 * 8192), 16, 8192).astype(int)
+    for pack_tokens in (8192, 16_384, 32_768, 65_536):
+        size = window_draws(pack_tokens)
+        windows = [lengths[start : start + size].tolist() for start in range(0, len(lengths), size)]
+        packs = sum(len(plan(window, pack_tokens=pack_tokens)) for window in windows)
+        assert lengths.sum() / (packs * pack_tokens) > 0.99, pack_tokens
+    assert window_draws(1024) == 1024  # what checkpoints of small runs have counted in
 
 
 def test_a_mixture_without_an_end_says_so():

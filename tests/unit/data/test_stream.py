@@ -110,6 +110,23 @@ def test_windows_do_not_depend_on_who_computed_those_before(tokenizer, files):
     assert digest(walked.window(6).packs) == digest(stream(tokenizer, files).window(6).packs)
 
 
+def test_a_place_in_windows_of_another_size_is_refused(tokenizer, files, uninterrupted):
+    wrong = loading(stream(tokenizer, files, window=2 * W), state=uninterrupted[1][3])
+    with pytest.raises(DataError, match=f"windows of {W} draws and this run's have {2 * W}"), wrong:
+        pass
+
+
+def test_a_state_from_before_sizes_were_kept_counts_in_windows_of_1024(tokenizer, files):
+    with loading(stream(tokenizer, files, window=1024)) as loader:
+        loader.take(G)
+        old = {key: value for key, value in loader.state().items() if key != "draws"}
+        second = digest(loader.take(G))
+    with loading(stream(tokenizer, files, window=1024), state=old) as loader:
+        assert digest(loader.take(G)) == second
+    with pytest.raises(DataError, match="windows of 1024 draws"), loading(stream(tokenizer, files), state=old):
+        pass
+
+
 def test_the_world_size_decides_who_trains_a_pack_and_not_which_packs(tokenizer, files, uninterrupted):
     digests, states = uninterrupted
     for world, first in ((1, 0), (2, 10), (4, 20)):
