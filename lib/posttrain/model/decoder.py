@@ -98,7 +98,9 @@ class Decoder(nn.Module):
             functorch_config.activation_memory_budget = 0.5
             self._recompute = "none"  # the compiler does it
         for layer in self.layers:
-            apart = isinstance(layer.mlp, MoE) and layer.mlp.expert is not None  # its shapes follow the routing
+            apart = isinstance(layer.mlp, MoE) and layer.mlp.expert is not None
+            if apart:
+                layer.mlp.leave_exchange_uncompiled()
             layer.compile(fullgraph=not apart, dynamic=False)
 
     def forward(self, batch: Batch) -> Tensor:

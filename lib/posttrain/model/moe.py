@@ -102,7 +102,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, experts = self.router.choose(x)
         if self.expert is not None:
-            return self._exchanged(x, weights, experts, self.expert)  # pyright: ignore[reportCallIssue]
+            return self._exchanged(x, weights, experts, self.expert)
         x, weights = copy_in(x, self.tensor), copy_in(weights, self.tensor)
         first, held = 0, self.count
         if self.tensor is not None:
@@ -120,7 +120,11 @@ class MoE(nn.Module):
         out = (_Permute.apply(out, back, order).view(*experts.shape, -1) * weights[..., None]).sum(1)
         return reduce_out(out, self.tensor)
 
-    @torch.compiler.disable
+    def leave_exchange_uncompiled(self) -> None:
+        """Before a block with ranks of its experts is compiled: the exchange's shapes follow the routing. (A decorator
+        on it would load the compiler, most of a second, into each process that only forwards.)"""
+        self._exchanged = torch.compiler.disable(self._exchanged)
+
     def _exchanged(self, x: Tensor, weights: Tensor, experts: Tensor, group: Group) -> Tensor:
         """forward() where experts lie on the ranks of a group: rows go to their experts and come back.
 

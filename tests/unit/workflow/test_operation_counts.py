@@ -11,10 +11,15 @@ from operation_counts import CASES, GOLDEN, counts, graphs
 from posttrain.data.batch import collate
 from posttrain.data.pack import pack
 from posttrain.data.sample import shift
+from posttrain.data.types import Batch
+from posttrain.model.collectives import Group
+from posttrain.model.decoder import Decoder
+from posttrain.model.families import decoder_config
 from posttrain.model.forward import loss_sum
 from posttrain.model.load import load_decoder
 from posttrain.model.losses.sft import SFTLoss
 from tiny import tiny_model
+from tiny_families import random_config
 
 TOLERANCE = 0.002
 """Below one operation more in each of the two layers."""
@@ -61,3 +66,33 @@ def test_blocks_of_other_documents_compile_no_further_graph_and_break_none(tmp_p
     )
     assert not counters["graph_break"], dict(counters["graph_break"])
     torch._dynamo.reset()
+
+
+def test_an_exchange_of_rows_between_experts_stays_out_of_the_graphs(tmp_path, monkeypatch):
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, **how, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = Decoder(decoder_config(random_config("qwen3_moe", 4)))
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.3)
+        batches = [row_batch(40, seed) for seed in range(4)]
+        with torch.no_grad():
+            expected = [model(batch) for batch in batches]
+            for layer in model.layers:
+                layer.mlp.expert = Group(torch.distributed.group.WORLD.group_name, size=1, rank=0)
+            model.compile_blocks()
+            first, after = graphs(lambda n: torch.testing.assert_close(model(batches[n]), expected[n]), warm=1, more=3)
+        assert first == after > 0, "how many rows go where is a part of a graph"
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+
+
+def row_batch(tokens: int, seed: int) -> Batch:
+    ids = np.random.default_rng(seed).integers(0, 32, tokens + 1)
+    (made,) = pack([(shift(ids, np.ones(tokens + 1)),)], pack_tokens=tokens)
+    return collate(made, pack_tokens=tokens)
