@@ -62,7 +62,7 @@ class Loader:
         if (draws := state.get("draws", WINDOW)) != self._draws:
             raise DataError(
                 f"the checkpoint counts in windows of {draws} draws and this run's have {self._draws}: its place in "
-                "the data cannot be found; resume it with the data.pack_tokens and the version of posttrain that wrote it"
+                "the data cannot be found; resume it with the data.pack_tokens and the version that wrote it"
             )
         self._submit, self.ahead = submit, ahead
         self.max_bad_rows, self.timeout_s = max_bad_rows, timeout_s
