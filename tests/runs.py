@@ -29,7 +29,10 @@ SMALL: dict[str, Any] = {
     "method.group_size": 4,
     "eval.every_steps": 3,
     "checkpoint.every_steps": 2,
+    "parallel.data": 1,
 }
+TWO_RANKS = {"parallel.data": 2}
+"""For tests of what ranks do together: a rank is a process, and costs a test more than all that it computes."""
 
 
 SMALL_RECIPE: dict[str, Any] = {
@@ -38,6 +41,7 @@ SMALL_RECIPE: dict[str, Any] = {
     "optim.num_steps": 6,
     "eval.every_steps": 3,
     "checkpoint.every_steps": 2,
+    "parallel.data": 1,
 }
 """On top of configs/<recipe>_tiny.yaml."""
 SMALL_ROWS = {

@@ -8,10 +8,10 @@ import psutil
 import pytest
 import safetensors.torch
 
-from runs import Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
+from runs import TWO_RANKS, Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
 from saves import files_of
 
-CONFIG = small_config()
+CONFIG = small_config(**TWO_RANKS)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,24 @@ from typing import Any
 import pytest
 
 from posttrain.workflow.stopping import EXIT_CODE
-from runs import ROOT, Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
+from runs import (
+    ROOT,
+    TWO_RANKS,
+    Prepared,
+    metrics,
+    prepared,
+    result_of,
+    run_step,
+    small_config,
+    steps_again,
+    steps_done,
+)
 from saves import files_of
 from small_disk import small_disk
 
 STEPS = 8
-CONFIG = small_config(**{"warmup.num_steps": STEPS, "checkpoint.every_steps": 3})
+SAVED = {"warmup.num_steps": STEPS, "checkpoint.every_steps": 3}
+CONFIG = small_config(**TWO_RANKS, **SAVED)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +206,7 @@ def test_a_stopped_rank_ends_the_run_at_the_deadline_with_its_host_and_all_stack
     base: Prepared, tmp_path: Path, record_property
 ):
     deadline_s = 20
-    config = small_config(**{"warmup.num_steps": STEPS, "checkpoint.every_steps": 3, "rollout.timeout_s": deadline_s})
+    config = small_config(**TWO_RANKS, **SAVED, **{"rollout.timeout_s": deadline_s})
     running = started(base, tmp_path, "stop:policy.train_step.1@5", config)
     wait_for(running, tmp_path, f"warmup 4/{STEPS}")
     start = time.monotonic()

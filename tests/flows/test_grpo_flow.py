@@ -20,10 +20,13 @@ from nbclient import NotebookClient
 
 from faulty_s3 import Fault
 from posttrain import storage
-from runs import ROOT, SMALL
+from runs import ROOT, SMALL, TWO_RANKS
 from terminal import line_of
 
 FLOW = str(ROOT / "flows" / "grpo_flow.py")
+TRAIN_ALONE = {"warmup": None}
+"""For what happens to the step train alone; tests/faults does more of it, to two ranks, without a flow around it."""
+GANG = TWO_RANKS | {"parallel.nodes": 2}
 
 
 def flow(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -173,9 +176,8 @@ def card_content(html: str) -> str:
     return next(json.dumps(json.loads(d), ensure_ascii=False) for d in decoded if d.startswith(b'{"metadata"'))
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(s, marks=pytest.mark.slow) for s in ("prepare", "warmup", "train", "evaluate", "export")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["prepare", "evaluate"])  # the first, from which all others run too, and the page's
 def test_resume_from_a_step_keeps_what_came_before(finished: Path, run, step: str):
     origin = (finished / "run_id").read_text()
     told = {"RUN_ID": origin, "evaluate": step}
@@ -198,7 +200,7 @@ def test_a_gang_of_two_nodes_trains_in_one_ray_cluster(tmp_path: Path):
     (tmp_path / "bin" / "python").chmod(0o755)
     path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
     token = secrets.token_hex(32)
-    done = flow(tmp_path, *overrides(**{"parallel.nodes": 2}), "run", RAY_AUTH_TOKEN=token, PATH=path)
+    done = flow(tmp_path, *overrides(**GANG), "run", RAY_AUTH_TOKEN=token, PATH=path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "gang" in done.stdout and "train_nodes" in done.stdout and "gather" in done.stdout
     assert "grpo 6/6" in done.stdout and "exported model: " in done.stdout
@@ -206,7 +208,7 @@ def test_a_gang_of_two_nodes_trains_in_one_ray_cluster(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_sigterm_to_another_node_of_a_gang_makes_a_save_and_the_retry_goes_on(tmp_path: Path):
-    words = overrides(**{"parallel.nodes": 2, "warmup": None, "optim.num_steps": 30, "checkpoint.every_steps": 100})
+    words = overrides(**GANG, **TRAIN_ALONE, **{"optim.num_steps": 30, "checkpoint.every_steps": 100})
     env = os.environ | {"METAFLOW_HOME": str(tmp_path), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     with open(tmp_path / "log", "w") as log:
@@ -238,7 +240,7 @@ def node_of(process: psutil.Process) -> str | None:
 
 @pytest.mark.slow
 def test_a_gang_without_a_shared_token_is_stopped(tmp_path: Path):
-    done = flow(tmp_path, *overrides(**{"parallel.nodes": 2, "warmup": None}), "run")
+    done = flow(tmp_path, *overrides(**GANG, **TRAIN_ALONE), "run")
     assert done.returncode != 0
     assert "several nodes need one RAY_AUTH_TOKEN in the environment of all" in done.stdout
 
@@ -302,19 +304,19 @@ def test_a_store_that_goes_away_in_training_is_a_named_stop_in_bounded_time(tmp_
 
 @pytest.mark.slow
 def test_kill_minus_nine_of_the_process_group_then_resume(tmp_path: Path):
-    command = [sys.executable, FLOW, *overrides(**{"optim.num_steps": 40}), "run"]
+    command = [sys.executable, FLOW, *overrides(**TRAIN_ALONE, **{"optim.num_steps": 20}), "run"]
     env = os.environ | {"METAFLOW_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "tests")}
     with open(tmp_path / "log", "w") as log:
         running = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 240
-        while "grpo  5/40" not in (tmp_path / "log").read_text():
+        while "grpo  5/20" not in (tmp_path / "log").read_text():
             assert running.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
             time.sleep(0.2)  # polls the log of a process that has no other channel; no outcome depends on it
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
     resumed = flow(tmp_path, "resume")
     assert resumed.returncode == 0, resumed.stdout[-3000:]
-    (continued,) = re.findall(r"continuing after step (\d+) of 40", resumed.stdout)
+    (continued,) = re.findall(r"continuing after step (\d+) of 20", resumed.stdout)
     assert int(continued) >= 4, "the checkpoint of step 4 was committed before step 5 was printed"
     assert "exported model: " in resumed.stdout
 
@@ -323,7 +325,7 @@ def test_kill_minus_nine_of_the_process_group_then_resume(tmp_path: Path):
 def test_a_run_killed_in_train_resumes_from_its_checkpoint(tmp_path: Path):
     # Every attempt of the step is killed at its third training step, after a commit at step 2;
     # Metaflow's two retries continue from it and from step 4.
-    killed = flow(tmp_path, *overrides(), "run", POSTTRAIN_FAULT="controller.before_train@3")
+    killed = flow(tmp_path, *overrides(**TRAIN_ALONE), "run", POSTTRAIN_FAULT="controller.before_train@3")
     assert "continuing after step 2 of 6" in killed.stdout and "continuing after step 4 of 6" in killed.stdout
     assert killed.returncode == 0, "the third attempt has only two steps to go"
 
@@ -332,7 +334,7 @@ def test_a_run_killed_in_train_resumes_from_its_checkpoint(tmp_path: Path):
 @pytest.mark.fault("F3", outcome="RESUME")
 def test_a_sigterm_in_train_is_a_retry_that_goes_on_where_it_was(tmp_path: Path):
     # Every attempt of the step gets a SIGTERM in its third training step; the third has none left to do.
-    done = flow(tmp_path, *overrides(), "run", POSTTRAIN_FAULT="term:controller.before_train@3")
+    done = flow(tmp_path, *overrides(**TRAIN_ALONE), "run", POSTTRAIN_FAULT="term:controller.before_train@3")
     assert "PreemptedError: stopped by SIGTERM after step 3, which is saved" in done.stdout.replace("\n", " ")
     assert "continuing after step 3 of 6" in done.stdout and "continuing after step 6 of 6" in done.stdout
     assert done.returncode == 0, done.stdout[-3000:]

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import ROOT, SMALL
+from runs import ROOT, SMALL, TWO_RANKS
 
 MARK = "POSTTRAIN_TEST_RUN"
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "OPENAI_API_KEY", "MY_OWN")
@@ -65,7 +65,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory):
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("METAFLOW_", "RAY_AUTH_TOKEN"))}
     environment |= canaries | {"PYTHONPATH": path, "METAFLOW_HOME": str(folder / "home"), "RAY_TMPDIR": str(ray)}
-    changes = SMALL | {"optim.num_steps": 2, "warmup.num_steps": 2}
+    changes = SMALL | TWO_RANKS | {"optim.num_steps": 2, "warmup.num_steps": 2}
     command = [sys.executable, str(ROOT / "flows" / "grpo_flow.py"), "--config-value", "config", json.dumps(changes)]
     listening: dict[str, set[str]] = {}
     talked_to: set[str] = set()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from runs import Prepared, metrics, prepared, result_of, run_step, small_config
+from runs import TWO_RANKS, Prepared, metrics, prepared, result_of, run_step, small_config
 
-PPO = {
+PPO = TWO_RANKS | {
     "method.advantage": "gae",
     "method.loss": "clipped",
     "method.epochs": 2,

@@ -6,19 +6,19 @@ import pytest
 
 from posttrain.compute.verl_workers import verl_is_installed
 from posttrain.errors import ConfigError
-from runs import metrics, prepared, result_of, run_step, small_config
+from runs import TWO_RANKS, metrics, prepared, result_of, run_step, small_config
 from steps.plan import plan
 
 
 @pytest.mark.skipif(not verl_is_installed(), reason="verl is not installed: make test-verl")
 @pytest.mark.slow
 def test_both_orchestrators_give_the_same_run(tmp_path: Path):
-    base = prepared(tmp_path / "inputs", small_config())
+    base = prepared(tmp_path / "inputs", small_config(**TWO_RANKS))
     found = {}
     for name in ("ray", "verl"):
         folder = tmp_path / name
         inputs = {"root": str(folder), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri}
-        ran = run_step("grpo", small_config(**{"parallel.orchestrator": name}), folder, **inputs)
+        ran = run_step("grpo", small_config(**TWO_RANKS, **{"parallel.orchestrator": name}), folder, **inputs)
         found[name] = {
             "ledger": result_of(ran)["ledger"],
             "metrics": metrics(folder / "metrics" / "grpo.jsonl"),

@@ -4,18 +4,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from posttrain import storage
 from posttrain.compute.mesh import Sizes
+from posttrain.config import RunConfig
 from posttrain.data.token_files import read_units
 from posttrain.errors import DataError
 from posttrain.model.load import load_decoder, read_config
 from posttrain.model.losses import count
 from posttrain.workflow.ledger_file import read_ledger
 from posttrain.workflow.policy_rank import PolicyRank
-from runs import Prepared, metrics, prepared, recipe_config, result_of, run_step
+from runs import TWO_RANKS, Prepared, metrics, prepared, recipe_config, result_of, run_step
 from steps.audit import audit
 from steps.prepare import check_same_tokens, prepare
 from steps.recipes import build_of, loss_of, training_of
@@ -25,13 +27,17 @@ from steps.train import held_out_packs
 from tiny import tiny_model
 
 
+def two_ranks(name: str, **changes: Any) -> RunConfig:
+    return recipe_config(name, **TWO_RANKS, **changes)
+
+
 def trained(config, base: Prepared, folder: Path, *, fault: str | None = None):
     inputs = {"root": str(folder), "model_uri": base.model_uri, "tokens_uri": base.tokens_uri, "recipe": True}
     return run_step("train", config, folder, fault=fault, teacher_uri=base.teacher_uri, **inputs)
 
 
 def test_sft_hands_on_its_best_weights_and_counts_every_draw(tmp_path: Path):
-    config = recipe_config("sft", **{"eval.deliver": "best", "optim.lr": 1e-2})
+    config = two_ranks("sft", **{"eval.deliver": "best", "optim.lr": 1e-2})
     base = prepared(tmp_path, config)
     found = result_of(trained(config, base, tmp_path))
     rows = metrics(tmp_path / "metrics" / "sft.jsonl")
@@ -45,7 +51,7 @@ def test_sft_hands_on_its_best_weights_and_counts_every_draw(tmp_path: Path):
 
 
 def test_dpo_scores_its_reference_once_and_starts_with_no_margin(tmp_path: Path):
-    config = recipe_config("dpo", **{"warmup": None, "method.sft_coef": 0.0, "optim.lr": 1e-3})
+    config = two_ranks("dpo", **{"warmup": None, "method.sft_coef": 0.0, "optim.lr": 1e-3})
     base = prepared(tmp_path, config)
     found = result_of(trained(config, base, tmp_path))
     rows = metrics(tmp_path / "metrics" / "dpo.jsonl")
@@ -58,7 +64,7 @@ def test_dpo_scores_its_reference_once_and_starts_with_no_margin(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_reward_model_is_a_classifier_of_transformers(tmp_path: Path):
-    config = recipe_config("reward", **{"optim.lr": 3e-3, "optim.num_steps": 30, "method.packs_per_step": 4})
+    config = two_ranks("reward", **{"optim.lr": 3e-3, "optim.num_steps": 30, "method.packs_per_step": 4})
     base = prepared(tmp_path, config)
     found = result_of(trained(config, base, tmp_path))
     rows = metrics(tmp_path / "metrics" / "reward.jsonl")
@@ -70,7 +76,7 @@ def test_a_reward_model_is_a_classifier_of_transformers(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path):
-    config = recipe_config("distill", **{"optim.lr": 1e-2})
+    config = two_ranks("distill", **{"optim.lr": 1e-2})
     base = prepared(tmp_path, config)
     assert base.teacher_uri is not None and load_decoder(base.teacher_uri).config.hidden_size == 48
     found = result_of(trained(config, base, tmp_path))
@@ -84,7 +90,7 @@ def test_adapters_alone_are_trained_and_delivered_merged_and_apart(tmp_path: Pat
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    config = recipe_config("sft", **{"model.lora": {"rank": 4, "alpha": 8.0}, "optim.lr": 1e-2})
+    config = two_ranks("sft", **{"model.lora": {"rank": 4, "alpha": 8.0}, "optim.lr": 1e-2})
     base = prepared(tmp_path, config)
     folder = storage.fetch(result_of(trained(config, base, tmp_path))["model_uri"])
     rows = metrics(tmp_path / "metrics" / "sft.jsonl")
@@ -98,7 +104,7 @@ def test_adapters_alone_are_trained_and_delivered_merged_and_apart(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "distill"])
 def test_a_killed_recipe_resumes_to_the_same_bytes(tmp_path: Path, name: str):
-    config = recipe_config(name, **({"warmup": None} if name == "dpo" else {}))
+    config = two_ranks(name, **({"warmup": None} if name == "dpo" else {}))
     base = prepared(tmp_path / "inputs", config)
     whole = result_of(trained(config, base, tmp_path / "whole"))
     assert trained(config, base, tmp_path / "killed", fault="loop.before_train@4").returncode == -9
@@ -111,7 +117,7 @@ def test_a_killed_recipe_resumes_to_the_same_bytes(tmp_path: Path, name: str):
 
 def test_labels_of_single_answers_train_a_reward_model_too(tmp_path: Path):
     rows = {"data.sources": "small_task:labelled", "data.held_out": "small_task:held_out_labelled"}
-    config = recipe_config("reward", **rows, **{"method.kind": "labels", "optim.lr": 3e-3})
+    config = two_ranks("reward", **rows, **{"method.kind": "labels", "optim.lr": 3e-3})
     base = prepared(tmp_path, config)
     facts = {"backend": "posttrain", "training": training_of(config, "reward"), "build": build_of(config, None)}
     rank = PolicyRank(rank=0, sizes=Sizes(data=1), model_uri=base.model_uri, reference=False, **facts)
@@ -126,8 +132,8 @@ def test_labels_of_single_answers_train_a_reward_model_too(tmp_path: Path):
 
 @pytest.mark.fault("F41", outcome="REFUSE")
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path):
-    config = recipe_config("distill", **{"method.teacher": {"fresh": None, "path": str(tiny_model(tmp_path / "tiny"))}})
-    student = Path(prepared(tmp_path / "other", recipe_config("sft")).model_uri)
+    config = two_ranks("distill", **{"method.teacher": {"fresh": None, "path": str(tiny_model(tmp_path / "tiny"))}})
+    student = Path(prepared(tmp_path / "other", two_ranks("sft")).model_uri)
     with pytest.raises(DataError, match=r"method.teacher: id \d+ is .* for the student and .* for the teacher"):
         check_same_tokens(student, tmp_path / "tiny")
     # a fresh student has no tokens of its own yet: it writes in its teacher's
@@ -175,16 +181,16 @@ def losses(config, base: Prepared, packs: list) -> list[float]:
 
 
 def test_a_teacher_that_wrote_down_everything_trains_as_one_that_is_there(tmp_path: Path):
-    online = recipe_config("distill", **{"optim.lr": 1e-2, "method.kind": "reverse_kl"})
+    online = two_ranks("distill", **{"optim.lr": 1e-2, "method.kind": "reverse_kl"})
     base = prepared(tmp_path, online)
     vocab_size = load_decoder(base.model_uri).config.vocab_size
-    offline = recipe_config("distill", **{"optim.lr": 1e-2, "method.kind": "reverse_kl", "method.top_k": vocab_size})
+    offline = two_ranks("distill", **{"optim.lr": 1e-2, "method.kind": "reverse_kl", "method.top_k": vocab_size})
     assert merge_taught(online, root=str(tmp_path), tokens_uri=base.tokens_uri, parts=[]) == base.tokens_uri
     packs = held_out_packs(offline, taught(offline, base))
     expected = losses(online, base, held_out_packs(online, base.tokens_uri))
     assert losses(offline, base, packs) == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < expected[0]
-    beyond = recipe_config("distill", **{"method.top_k": vocab_size + 1})
+    beyond = two_ranks("distill", **{"method.top_k": vocab_size + 1})
     with pytest.raises(
         DataError, match=rf"method.top_k = {vocab_size + 1} is more than the student's {vocab_size} tok"
     ):
@@ -200,7 +206,7 @@ def test_a_teacher_that_wrote_down_everything_trains_as_one_that_is_there(tmp_pa
 
 @pytest.mark.slow
 def test_a_student_learns_from_what_its_teacher_wrote_and_resumes_to_the_same_bytes(tmp_path: Path):
-    config = recipe_config("distill", **{"optim.lr": 2e-3, "method.top_k": 8})
+    config = two_ranks("distill", **{"optim.lr": 2e-3, "method.top_k": 8})
     base = prepared(tmp_path, config)
     base = replace(base, tokens_uri=taught(config, base))
     whole = result_of(trained(config, base, tmp_path))
