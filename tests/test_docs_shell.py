@@ -229,7 +229,7 @@ def test_a_retraining_is_handed_to_argo(argo):
 def test_events_train(tasks, tmp_path):
     small = {"model.fresh.tokenizer": "small_events:tokenizer", "data.sources": f"small_events:training{tasks}"}
     small |= {"data.held_out": f"small_events:held_out{tasks}", "optim.num_steps": 2, "optim.warmup_steps": 0}
-    small |= {"method.packs_per_step": 2, "eval.every_steps": 2}
+    small |= {"method.packs_per_step": 2, "eval.every_steps": 2, "parallel.data": 1}
     line = line_of("events.md", "events_tasks.yaml" if tasks else "events_sft.yaml")
     changes = [f"--config-value {key}={value}" for key, value in small.items()]
     said = clone(tmp_path).type(" ".join([line, *changes]))

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from posttrain.workflow.ledger_file import read_ledger
-from runs import Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
+from runs import TWO_RANKS, Prepared, metrics, prepared, result_of, run_step, small_config, steps_again, steps_done
 from steps.audit import audit
 
 STEPS, STALENESS = 9, 2
 CONFIG = small_config(
+    **TWO_RANKS,
     **{
         "optim.num_steps": STEPS,
         "rollout.max_staleness": STALENESS,
         "reward.function": "small_task:one_prompt_raises",
-    }
+    },
 )
 """40 prompts, 9 steps of 4: every prompt is drawn once at most, and one of the first 37 fails for good."""
 

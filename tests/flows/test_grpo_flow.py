@@ -395,8 +395,9 @@ def test_two_runs_side_by_side_do_not_meet(tmp_path: Path):
 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     one, other = words_of("README.md", "method.group_size=16"), words_of("config.md", "--config configs/grpo_tiny.yaml")
-    changes = SMALL | {"optim.num_steps": 2, "warmup.num_steps": 2}
-    del changes["base"], changes["method.group_size"]  # the page's own
+    changes = SMALL | TRAIN_ALONE | {"optim.num_steps": 2}
+    del changes["base"], changes["warmup.num_steps"], changes["warmup.packs_per_step"]
+    del changes["method.group_size"]  # the page's own
     small = [word for key, value in changes.items() for word in ("--config-value", f"{key}={json.dumps(value)}")]
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda words: flow(tmp_path, *words, *small), (one, other)))

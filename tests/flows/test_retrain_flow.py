@@ -23,6 +23,7 @@ SMALL = {
     "optim.num_steps": 120,
     "optim.lr": 5e-3,
     "checkpoint.every_steps": 100,
+    "parallel.data": 1,
 }
 
 
