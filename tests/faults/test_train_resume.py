@@ -32,6 +32,10 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, prepared(tmp_path_factory.mktemp("inputs"), config_of(request.param, 2))
 
 
+ONLINE = pytest.mark.parametrize("base", ["online"], indirect=True)
+"""Where test_stops.py and test_audit.py do the same to rows that were tokenised ahead."""
+
+
 def train(base: tuple[str, Prepared], folder: Path, *, ranks: int, fault: str | None = None):
     how, made = base
     inputs = {"root": str(folder), "model_uri": made.model_uri, "tokens_uri": made.tokens_uri}
@@ -62,6 +66,7 @@ def test_two_kills_and_one_two_and_four_ranks_train_the_same_global_batches(
     assert len({row["digest"] for row in uninterrupted["rows"]}) == STEPS
 
 
+@ONLINE
 @pytest.mark.slow
 @pytest.mark.fault("F1", outcome="RESUME")
 def test_a_kill_on_the_same_ranks_resumes_bitwise(
@@ -75,6 +80,7 @@ def test_a_kill_on_the_same_ranks_resumes_bitwise(
     assert metrics(tmp_path / "metrics" / "warmup.jsonl") == metrics(expected / "metrics" / "warmup.jsonl")
 
 
+@ONLINE
 @pytest.mark.slow
 def test_the_audit_recomputes_every_batch_of_a_killed_run(
     base: tuple[str, Prepared], uninterrupted: dict[str, Any], tmp_path: Path

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from runs import prepared, result_of, run_step, small_config
+from runs import TWO_RANKS, prepared, result_of, run_step, small_config
 
-CONFIG = small_config(**{"optim.num_steps": 4, "warmup.num_steps": 4, "checkpoint.every_steps": 1})
+CONFIG = small_config(**TWO_RANKS, **{"optim.num_steps": 4, "warmup.num_steps": 4, "checkpoint.every_steps": 1})
 FILES = {"train": "warmup", "grpo": "grpo"}
 TRAINED = {"prepare", "forward", "backward", "reduce", "optimizer", "dispatch", "other", "step"}
 PHASES = {"train": TRAINED | {"data_wait"}, "grpo": TRAINED | {"generate", "reward", "sync"}}
