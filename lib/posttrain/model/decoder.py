@@ -98,9 +98,10 @@ class Decoder(nn.Module):
             functorch_config.activation_memory_budget = 0.5
             self._recompute = "none"  # the compiler does it
         for layer in self.layers:
-            apart = isinstance(layer.mlp, MoE) and layer.mlp.expert is not None
-            if apart:
-                layer.mlp.leave_exchange_uncompiled()
+            mlp, apart = layer.mlp, False
+            if isinstance(mlp, MoE) and mlp.expert is not None:
+                mlp.leave_exchange_uncompiled()
+                apart = True
             layer.compile(fullgraph=not apart, dynamic=False)
 
     def forward(self, batch: Batch) -> Tensor:
