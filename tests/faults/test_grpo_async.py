@@ -64,7 +64,7 @@ PLACES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", random.Random(20261129).sample(PLACES, 3))
+@pytest.mark.parametrize("fault", random.Random(20261129).sample(PLACES, 2))
 @pytest.mark.fault("F50", outcome="RESUME")
 def test_a_kill_at_a_random_place_loses_no_prompt_and_repeats_none(
     base: Prepared, tmp_path: Path, fault: str, record_property

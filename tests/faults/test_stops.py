@@ -96,7 +96,7 @@ PLACES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", random.Random(20261128).sample(PLACES, 5))
+@pytest.mark.parametrize("fault", random.Random(20261128).sample(PLACES, 3))
 @pytest.mark.fault("F1", outcome="RESUME")
 def test_a_kill_at_a_random_place_resumes_bitwise(
     base: Prepared, uninterrupted: dict[str, Any], tmp_path: Path, fault: str, record_property
