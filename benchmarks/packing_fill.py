@@ -46,10 +46,14 @@ def lengths_of(workload: str, rows: int) -> np.ndarray:
     return np.clip(lengths, 1, LONGEST).astype(np.int64)
 
 
+def windows_of(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """The lengths, so many at a time."""
+    return [lengths[start : start + size].tolist() for start in range(0, len(lengths), size)]
+
+
 def ours(lengths: np.ndarray, pack_tokens: int) -> dict[str, float]:
     """Seconds of planning, seconds of planning and packing, and fill."""
-    size = window_draws(pack_tokens)
-    windows = [lengths[start : start + size].tolist() for start in range(0, len(lengths), size)]
+    windows = windows_of(lengths, window_draws(pack_tokens))
     start = time.perf_counter()
     plans = [plan(window, pack_tokens=pack_tokens) for window in windows]
     planned = time.perf_counter() - start
@@ -61,8 +65,7 @@ def ours(lengths: np.ndarray, pack_tokens: int) -> dict[str, float]:
         pack(window, pack_tokens=pack_tokens)
     seconds = time.perf_counter() - start
     fill = float(lengths.sum() / (len(packs) * pack_tokens))
-    least = [lengths[start : start + WINDOW].tolist() for start in range(0, len(lengths), WINDOW)]
-    in_least = sum(len(plan(window, pack_tokens=pack_tokens)) for window in least)
+    in_least = sum(len(plan(window, pack_tokens=pack_tokens)) for window in windows_of(lengths, WINDOW))
     return {
         "plan_s": planned,
         "pack_s": seconds,

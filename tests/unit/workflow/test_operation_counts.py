@@ -41,12 +41,19 @@ def test_a_step_does_the_work_that_was_committed(name: str):
     )
 
 
-def test_blocks_of_other_documents_compile_no_further_graph_and_break_none(tmp_path, monkeypatch):
+@pytest.fixture
+def only_graphs(monkeypatch):
+    """Compiling makes graphs, those of a GPU, and no code for them, which takes a minute; they are counted from 0."""
     compiled = torch.nn.Module.compile
-    # The graphs are those of a GPU; code for them, which takes a minute, is not needed to count them.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, **how, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("only_graphs")
+def test_blocks_of_other_documents_compile_no_further_graph_and_break_none(tmp_path):
     model = load_decoder(tiny_model(tmp_path), device="cpu", dtype=torch.float32)
     model.attention = "flex"
     model.compile_blocks()
@@ -65,14 +72,10 @@ def test_blocks_of_other_documents_compile_no_further_graph_and_break_none(tmp_p
         f"{after - first} graphs more for batches of other documents: a length is a part of the graph"
     )
     assert not counters["graph_break"], dict(counters["graph_break"])
-    torch._dynamo.reset()
 
 
-def test_an_exchange_of_rows_between_experts_stays_out_of_the_graphs(tmp_path, monkeypatch):
-    compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, **how, backend="eager"))
-    torch._dynamo.reset()
-    counters.clear()
+@pytest.mark.usefixtures("only_graphs")
+def test_an_exchange_of_rows_between_experts_stays_out_of_the_graphs():
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -89,7 +92,6 @@ def test_an_exchange_of_rows_between_experts_stays_out_of_the_graphs(tmp_path, m
         assert first == after > 0, "how many rows go where is a part of a graph"
     finally:
         torch.distributed.destroy_process_group()
-        torch._dynamo.reset()
 
 
 def row_batch(tokens: int, seed: int) -> Batch:
