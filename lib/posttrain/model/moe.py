@@ -122,7 +122,7 @@ class MoE(nn.Module):
 
     def leave_exchange_uncompiled(self) -> None:
         """Before a block with ranks of its experts is compiled: the exchange's shapes follow the routing. (A decorator
-        on it would load the compiler, most of a second, into each process that only forwards.)"""
+        on it would load the compiler wherever this module is imported.)"""
         self._exchanged = torch.compiler.disable(self._exchanged)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _exchanged(self, x: Tensor, weights: Tensor, experts: Tensor, group: Group) -> Tensor:
