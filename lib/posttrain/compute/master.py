@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from posttrain.compute.sum_kernels import gather
 
 
 class Masters:
@@ -39,8 +42,12 @@ class Masters:
         """Move a parameter's gradient to its twin as soon as it is whole, so that only one at a time is held twice."""
         twin, gradient = self._twins[parameter], parameter.grad  # pyright: ignore[reportArgumentType]
         assert gradient is not None, "the hook runs once a gradient is there"
+        first = twin.grad is None
         if twin.grad is None:
-            twin.grad = gradient.to(twin.dtype)
-        else:
-            twin.grad += gradient
+            twin.grad = torch.empty_like(gradient, dtype=twin.dtype)
+        gather(_local(twin.grad), _local(gradient), first=first)
         parameter.grad = None
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x

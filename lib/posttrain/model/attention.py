@@ -25,6 +25,7 @@ from posttrain.model.context import gather_tokens
 from posttrain.model.families import DecoderConfig
 from posttrain.model.layers import Linear, RMSNorm, joint
 from posttrain.model.rope import rotate
+from posttrain.model.rotate_kernels import norm_and_rotate, serves
 
 BACKENDS = ("flash4", "flex", "varlen", "sdpa")
 
@@ -109,6 +110,16 @@ def default_backend(device: torch.device, dtype: torch.dtype, *, compiled: bool)
     return "varlen" if half else "sdpa"
 
 
+def rotated(x: Tensor, norm: nn.Module, cos: Tensor, sins: Tensor) -> Tensor:
+    """Heads [T, H, head_dim] as attention reads them: normed, where there is a norm, and turned to their positions."""
+    if not serves(x):
+        return rotate(norm(x), cos, sins)
+    if not isinstance(norm, RMSNorm):
+        return norm_and_rotate(x, None, cos, sins, eps=0.0, offset=0.0)
+    weight = local(norm.weight, partial=norm.partial)
+    return norm_and_rotate(x, weight, cos, sins, eps=norm.eps, offset=norm.offset)
+
+
 class Attention(nn.Module):
     """Projections, optional per-head norms, rotary positions and attend(), over [T, hidden]."""
 
@@ -133,7 +144,7 @@ class Attention(nn.Module):
         heads = (x.shape[0], -1, self.head_dim)
         x = copy_in(x, self.tensor)
         q, k, v = (part.reshape(heads) for part in joint(x, (self.q_proj, self.k_proj, self.v_proj)))
-        q, k = rotate(self.q_norm(q), cos, sins), rotate(self.k_norm(k), cos, sins)
+        q, k = rotated(q, self.q_norm, cos, sins), rotated(k, self.k_norm, cos, sins)
         if self.context is not None:  # one message for both
             k, v = gather_tokens(torch.cat((k, v), dim=1), self.context).chunk(2, dim=1)
         sinks = None if self.sinks is None else local(self.sinks)
