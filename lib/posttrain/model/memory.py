@@ -132,7 +132,6 @@ class _Sizes:
         self.root = float(sum(each.numel() for each in own))
         self.trained_root = float(sum(each.numel() for each in own if each.requires_grad))
         self.all, self.trained = self.root + sum(self.blocks), self.trained_root + sum(self.trained_blocks)
-        self.largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
         head = model.output_head
         self.head = float(head.weight.numel()) if head is not None else 0.0
         self.head_trained = head is not None and head.weight.requires_grad
@@ -218,9 +217,7 @@ def _at_the_end(sizes: _Sizes, setup: Setup) -> Memory:
 
 def _at_the_optimizer(sizes: _Sizes, setup: Setup) -> Memory:
     whole = 0.0 if setup.micro_batches > 1 else _gradient_width(setup) * sizes.trained / setup.shards
-    # StochasticAdamW computes in float32: some eight copies of one parameter.
-    copies = 8 * 4 * sizes.largest / setup.shards if setup.precision == "bfloat16_stochastic" else 0.0
-    return Memory(gradients=whole, optimizer=copies, moment="the optimizer")
+    return Memory(gradients=whole, moment="the optimizer")
 
 
 def _kept(model: Decoder, setup: Setup) -> float:

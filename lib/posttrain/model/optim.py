@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from posttrain.model import optim_kernels
+from posttrain.model.collectives import local
+
 
 def adamw(
     parameters: Iterable[nn.Parameter],
@@ -49,21 +52,33 @@ class StochasticAdamW(Optimizer):
             (int(state["step"]) for state in list(self.state.values())[:1]), default=0
         )  # the device is idle here
         generators: dict[torch.device, torch.Generator] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    device = parameter.device
-                    if device not in generators:
-                        generators[device] = torch.Generator(device).manual_seed(taken + 1)
-                    self._update(parameter, group, generators[device])
+        every = ((group, parameter) for group in self.param_groups for parameter in group["params"])
+        for place, (group, parameter) in enumerate(every):
+            if parameter.grad is None:
+                continue
+            state = self._state_of(parameter)
+            state["step"] += 1
+            tensors = tuple(map(local, (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])))
+            if optim_kernels.serves(*tensors):
+                numbers = {name: group[name] for name in ("lr", "weight_decay", "betas", "eps")}
+                optim_kernels.update(tensors, state["step"], seed=((taken + 1) << 32) + place, **numbers)
+                continue
+            device = parameter.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(taken + 1)
+            self._update(parameter, group, generators[device])
 
-    def _update(self, parameter: nn.Parameter, group: dict, generator: torch.Generator) -> None:
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
+        return state
+
+    def _update(self, parameter: nn.Parameter, group: dict, generator: torch.Generator) -> None:
+        """The step in plain operations, for a CPU and for what the kernel does not take."""
+        state = self.state[parameter]
         (beta1, beta2), lr = group["betas"], group["lr"]
         gradient = parameter.grad.float()  # pyright: ignore[reportOptionalMemberAccess]
         mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
