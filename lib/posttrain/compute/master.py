@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from posttrain.compute.sum_kernels import gather
+from posttrain.compute.sum_kernels import gather, serves
 
 
 class Masters:
@@ -42,10 +42,15 @@ class Masters:
         """Move a parameter's gradient to its twin as soon as it is whole, so that only one at a time is held twice."""
         twin, gradient = self._twins[parameter], parameter.grad  # pyright: ignore[reportArgumentType]
         assert gradient is not None, "the hook runs once a gradient is there"
-        first = twin.grad is None
-        if twin.grad is None:
-            twin.grad = torch.empty_like(gradient, dtype=twin.dtype)
-        gather(_local(twin.grad), _local(gradient), first=first)
+        if serves(gradient):
+            first = twin.grad is None
+            total = torch.empty_like(gradient, dtype=twin.dtype) if twin.grad is None else twin.grad
+            gather(_local(total), _local(gradient), first=first)
+            twin.grad = total
+        elif twin.grad is None:
+            twin.grad = gradient.to(twin.dtype)
+        else:
+            twin.grad += gradient
         parameter.grad = None
 
 

@@ -9,9 +9,14 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None  # a CPU build of torch does not bring it
 
 
+def serves(part: Tensor) -> bool:
+    """Whether there is a kernel where this gradient lies."""
+    return part.is_cuda and HAS_TRITON
+
+
 def gather(total: Tensor, part: Tensor, *, first: bool) -> None:
-    """total += part, to the bit as torch has it; total becomes part where that is the first. total is float32."""
-    if not (part.is_cuda and HAS_TRITON and part.is_contiguous() and total.is_contiguous()):
+    """total += part that serves(), to the bit as torch has it; total, float32, becomes part where that is the first."""
+    if not (part.is_contiguous() and total.is_contiguous()):
         total.copy_(part) if first else total.add_(part)
         return
     kernel: Any = add  # subscripted: Triton's way to say how many programs
