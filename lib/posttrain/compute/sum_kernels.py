@@ -3,7 +3,6 @@
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None  # a CPU build of torch does not bring it
@@ -20,8 +19,7 @@ def gather(total: Tensor, part: Tensor, *, first: bool) -> None:
         total.copy_(part) if first else total.add_(part)
         return
     kernel: Any = add  # subscripted: Triton's way to say how many programs
-    with torch.cuda.device(part.device):
-        kernel[(triton.cdiv(part.numel(), BLOCK.value),)](total, part, part.numel(), first)
+    kernel[(triton.cdiv(part.numel(), BLOCK.value),)](total, part, part.numel(), first)
 
 
 if HAS_TRITON:

@@ -34,10 +34,9 @@ def update(
         seed: of the draws; a number beyond 2^32.
     """
     kernel: Any = adamw  # subscripted: Triton's way to say how many programs
-    weight, count = tensors[0], tensors[0].numel()
-    with torch.cuda.device(weight.device):
-        rates, logs = (lr, lr * weight_decay), (math.log2(max(beta, 1e-30)) for beta in betas)
-        kernel[(triton.cdiv(count, BLOCK.value),)](*tensors, step, count, seed, *rates, *betas, *logs, eps)
+    count = tensors[0].numel()
+    rates, logs = (lr, lr * weight_decay), (math.log2(max(beta, 1e-30)) for beta in betas)
+    kernel[(triton.cdiv(count, BLOCK.value),)](*tensors, step, count, seed, *rates, *betas, *logs, eps)
 
 
 if HAS_TRITON:

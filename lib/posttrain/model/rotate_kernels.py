@@ -50,10 +50,17 @@ if HAS_TRITON:
         return (triton.cdiv(tokens, TOKENS.value), heads // each), each
 
     @triton.jit
-    def tables(cos, sins, t, j, inside, HALF: tl.constexpr):  # noqa: N803
-        """cos and sin [TOKENS, HALF] of rope_tables() as float32."""
+    def shared_by_heads(cos, sins, weight, t, j, inside, HALF: tl.constexpr, OFFSET: tl.constexpr):  # noqa: N803
+        """cos and sin [TOKENS, HALF] of rope_tables(), and the weight's halves [1, HALF], as float32."""
         c = tl.load(cos + t * HALF + j, mask=inside, other=0.0).to(tl.float32)
-        return c, tl.load(sins + (2 * t + 1) * HALF + j, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sins + (2 * t + 1) * HALF + j, mask=inside, other=0.0).to(tl.float32)
+        w1 = tl.load(weight + j).to(tl.float32) + OFFSET
+        return c, s, w1, tl.load(weight + HALF + j).to(tl.float32) + OFFSET
+
+    @triton.jit
+    def mean(first, second, HALF: tl.constexpr):  # noqa: N803
+        """Of the two halves [TOKENS, HALF] of a head: [TOKENS]."""
+        return (tl.sum(first, axis=1) + tl.sum(second, axis=1)) / (2 * HALF)
 
     @triton.jit
     def halves(x, t, j, head, stride, inside, HALF: tl.constexpr):  # noqa: N803
@@ -72,14 +79,12 @@ if HAS_TRITON:
         t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
         j = tl.arange(0, HALF)[None, :]
         inside = (t < tokens) & (j < HALF)
-        c, s = tables(cos, sins, t, j, inside, HALF)
-        w1 = tl.load(weight + j).to(tl.float32) + OFFSET
-        w2 = tl.load(weight + HALF + j).to(tl.float32) + OFFSET
+        c, s, w1, w2 = shared_by_heads(cos, sins, weight, t, j, inside, HALF, OFFSET)
         for i in range(EACH):
             head = tl.program_id(1) * EACH + i
             x1, x2 = halves(x, t, j, head, x_stride, inside, HALF)
             if NORM:
-                r = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF) + EPS)[:, None]
+                r = tl.rsqrt(mean(x1 * x1, x2 * x2, HALF) + EPS)[:, None]
                 x1, x2 = x1 * r * w1, x2 * r * w2
             where = y + (t * heads + head) * 2 * HALF + j
             tl.store(where, (x1 * c - x2 * s).to(y.dtype.element_ty), mask=inside)
@@ -94,9 +99,7 @@ if HAS_TRITON:
         t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
         j = tl.arange(0, HALF)[None, :]
         inside = (t < tokens) & (j < HALF)
-        c, s = tables(cos, sins, t, j, inside, HALF)
-        w1 = tl.load(weight + j).to(tl.float32) + OFFSET
-        w2 = tl.load(weight + HALF + j).to(tl.float32) + OFFSET
+        c, s, w1, w2 = shared_by_heads(cos, sins, weight, t, j, inside, HALF, OFFSET)
         dw1, dw2 = tl.zeros((TOKENS, HALF), tl.float32), tl.zeros((TOKENS, HALF), tl.float32)
         for i in range(EACH):
             head = tl.program_id(1) * EACH + i
@@ -104,13 +107,13 @@ if HAS_TRITON:
             d1, d2 = d1 * c + d2 * s, d2 * c - d1 * s
             if NORM:
                 x1, x2 = halves(x, t, j, head, x_stride, inside, HALF)
-                r = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF) + EPS)[:, None]
+                r = tl.rsqrt(mean(x1 * x1, x2 * x2, HALF) + EPS)[:, None]
                 x1, x2 = x1 * r, x2 * r
                 dw1 += d1 * x1
                 dw2 += d2 * x2
                 d1, d2 = d1 * w1, d2 * w2
-                mean = ((tl.sum(d1 * x1, axis=1) + tl.sum(d2 * x2, axis=1)) / (2 * HALF))[:, None]
-                d1, d2 = r * (d1 - x1 * mean), r * (d2 - x2 * mean)
+                along = mean(d1 * x1, d2 * x2, HALF)[:, None]
+                d1, d2 = r * (d1 - x1 * along), r * (d2 - x2 * along)
             where = dx + (t * heads + head) * 2 * HALF + j
             tl.store(where, d1.to(dx.dtype.element_ty), mask=inside)
             tl.store(where + HALF, d2.to(dx.dtype.element_ty), mask=inside)
