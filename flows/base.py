@@ -6,6 +6,8 @@ A flow subclasses PostTrainFlow, names its own config and, in run_training(), it
 program. The steps are programs in steps/; here are only their order, resources and artifacts.
 """
 
+import atexit
+import gc
 import os
 import sys
 from pathlib import Path
@@ -269,6 +271,7 @@ def main(flow: type[FlowSpec], *, config: str) -> None:
     Args:
         config: file in configs/ that overrides change where no other is named.
     """
+    atexit.register(gc.freeze)  # the exit would look through all that torch and transformers made, for over a second
     # Metaflow starts the further nodes of a gang on one machine as `python`; that must be this Python, with or
     # without an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

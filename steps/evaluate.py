@@ -8,6 +8,7 @@ from posttrain import storage
 from posttrain.compute.cluster import Gang, ray_cluster
 from posttrain.compute.weight_sync import digest
 from posttrain.config import RunConfig
+from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.errors import GateError, SyncError
 from posttrain.model.backend import backend_of
 from posttrain.workflow.evaluate import Evaluator
@@ -95,7 +96,8 @@ async def _evaluate(config, tokens_uri, models, measured_with, resources, per_ro
     if not config.samples_completions:
         return results
     first = next(iter(models.values()))
-    parts = await rollout_parts(config, model_uri=first, tokens_uri=tokens_uri, resources=resources)
+    what = {"model_uri": first, "tokens_uri": tokens_uri, "tokenizer": BaseHFModelTokenizer(storage.fetch(first))}
+    parts = await rollout_parts(config, **what, resources=resources)
     slice_by = config.eval.slice_by if config.method.name == "grpo" else None  # a column of data.held_out
     evaluator = Evaluator(parts.maker, parts.sets[asked_set(config)])
     told = {"slice_by": slice_by, "per_row": None if per_row in OF_ROWS else per_row}

@@ -11,6 +11,7 @@ from posttrain.config import RunConfig
 from posttrain.config_method import GRPO
 from posttrain.data.advantage import advantages_of
 from posttrain.data.constraint import constraint_of, load_constraint
+from posttrain.data.tokenizer import BaseHFModelTokenizer
 from posttrain.model.losses import Loss
 from posttrain.model.losses.policy_gradient import (
     ClippedLoss,
@@ -70,6 +71,7 @@ def grpo(
 async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, Any]:
     method, optim, (root, model_uri, tokens_uri) = config.method, config.optim, uris.values()
     assert isinstance(method, GRPO), "the flow has refused any other"
+    reading = asyncio.create_task(asyncio.to_thread(BaseHFModelTokenizer, storage.fetch(model_uri)))  # as ranks start
     policy = await Policy.launch(
         sizes=resources.sizes,
         model_uri=model_uri,
@@ -81,10 +83,10 @@ async def _grpo(config, uris, observers, resources, saving, build) -> dict[str, 
         build=build,
     )
     # After the policy, so that a generator finds the GPU of a rank that it is to share, and not one of another.
-    uris_of_parts = {"model_uri": model_uri, "tokens_uri": tokens_uri}
+    what = {"model_uri": model_uri, "tokens_uri": tokens_uri, "tokenizer": await reading}
     adapters = adapters_apart(config, build.lora)
     facts = {"resources": resources, "count": config.rollout.generators, "adapters": adapters}
-    parts = await rollout_parts(config, **uris_of_parts, **facts)
+    parts = await rollout_parts(config, **what, **facts)
     rule = constraint_of(config.rollout.environment)
     metrics_uri = storage.join(root, "metrics", "grpo.jsonl")
     kept = RolloutFile(folder_of(root))

@@ -1,5 +1,7 @@
 """Run a step's function from a shell: JSON inputs in a file, JSON result on standard output."""
 
+import atexit
+import gc
 import inspect
 import json
 import sys
@@ -14,6 +16,7 @@ from posttrain.workflow.stopping import EXIT_CODE
 
 def main(step: Callable[..., dict[str, Any] | None]) -> None:
     """Call `step(config, **inputs)` with the file named on the command line: {"config": {...}, "root": ..., ...}."""
+    atexit.register(gc.freeze)  # the exit would look through all that torch and transformers made, for over a second
     name = step.__name__
     needed = [p.name for p in inspect.signature(step).parameters.values() if p.default is p.empty]
     usage = f"usage: python -m steps.{name} inputs.json, a JSON object with {', '.join(needed)}"

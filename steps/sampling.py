@@ -44,6 +44,7 @@ async def rollout_parts(
     *,
     model_uri: str,
     tokens_uri: str,
+    tokenizer: BaseHFModelTokenizer,
     resources: Hardware,
     count: int = 1,
     adapters: LoRA | None = None,
@@ -51,10 +52,10 @@ async def rollout_parts(
     """Start `count` generators of `model_uri`'s architecture and a reward process, and read the prompts.
 
     Args:
+        tokenizer: of `model_uri`.
         adapters: that generators get apart from the weights; see adapters_apart().
     """
     assert config.reward is not None, "the config's own check asks for a reward where completions are scored"
-    tokenizer = BaseHFModelTokenizer(storage.fetch(model_uri))
     arguments = {"model_uri": model_uri, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     if (rule := constraint_of(config.rollout.environment)) is not None:
         arguments |= {"constraint": rule}

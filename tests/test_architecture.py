@@ -145,6 +145,13 @@ def test_importing_the_package_is_light():
     assert out.stdout.strip() == "[]"
 
 
+def test_what_a_reward_imports_is_light():
+    names = ["types", "reward", "environment", "verifiers.text", "sort_digits"]
+    code = f"import sys, {', '.join(f'posttrain.data.{name}' for name in names)}; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False", "every process of reward.workers would start by it"
+
+
 def test_importing_posttrain_imports_nothing_else():
     code = "import sys; before = set(sys.modules); import posttrain; print(sorted(set(sys.modules) - before))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -66,6 +66,7 @@ def _cluster(gang: Gang, num_cpus: int, num_gpus: int, join_timeout_s: float) ->
             "import it inside functions in plug-ins"
         )
     os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one process a CPU, which no actor of ours can take
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # do not hide GPUs from CPU actors, nor warn of it
     if gang.num_nodes == 1:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray keeps the first one it reads

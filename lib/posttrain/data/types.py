@@ -6,12 +6,16 @@ index t holds what is known or wanted about target_ids[t], the token after
 input_ids[t]. The shift happens once, in data/sample.py, and nowhere else.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # a process that runs rewards reads Row and Rollout alone, and starts sooner without torch
+    import torch
+    from torch import Tensor
 
 Row = dict[str, Any]
 """One record as it came from a source: `messages`, or `prompt` and verifier fields."""
@@ -150,14 +154,14 @@ class Batch:
     share: Share | None = None
     """Of the rank that has the batch, where tokens are split over ranks; every other column is whole on all of them."""
 
-    def rows(self, chosen: slice | Tensor) -> "Batch":
+    def rows(self, chosen: slice | Tensor) -> Batch:
         """The same batch with its [N] columns cut to `chosen`: what a loss reads of a chunk of loss rows."""
         names = ("loss_idx", "loss_mask", "sampler_logprobs", "ref_logprobs", "advantages")
         names += ("values", "returns", "teacher_ids", "teacher_logprobs", "allowed_ids")
         columns = {name: getattr(self, name) for name in names}
         return replace(self, **{name: column[chosen] for name, column in columns.items() if column is not None})
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         return _moved(self, device)
 
@@ -207,6 +211,8 @@ class Rollout:
 
 def _moved(value: Any, device: torch.device | str) -> Any:
     """Every tensor of a value on `device`."""
+    from torch import Tensor
+
     match value:
         case Tensor():
             return value.to(device, non_blocking=True)
