@@ -6,8 +6,6 @@ A flow subclasses PostTrainFlow, names its own config and, in run_training(), it
 program. The steps are programs in steps/; here are only their order, resources and artifacts.
 """
 
-import atexit
-import gc
 import os
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from metaflow.util import get_username
 import posttrain  # noqa: F401  (imported here so that the code package carries it)
 import steps  # noqa: F401
 from placement import on_hardware, refuse_gang_of_small_ids, where_it_runs
+from posttrain import collector
 from posttrain.compute.pool import SPINS
 from posttrain.errors import ConfigError
 from posttrain.overrides import metaflow_arguments
@@ -271,7 +270,7 @@ def main(flow: type[FlowSpec], *, config: str) -> None:
     Args:
         config: file in configs/ that overrides change where no other is named.
     """
-    atexit.register(gc.freeze)  # the exit would look through all that torch and transformers made, for over a second
+    collector.calm()
     # Metaflow starts the further nodes of a gang on one machine as `python`; that must be this Python, with or
     # without an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -1,7 +1,5 @@
 """Run a step's function from a shell: JSON inputs in a file, JSON result on standard output."""
 
-import atexit
-import gc
 import inspect
 import json
 import sys
@@ -9,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from posttrain import collector
 from posttrain.config_file import load_config
 from posttrain.errors import PosttrainError, PreemptedError
 from posttrain.workflow.stopping import EXIT_CODE
@@ -16,7 +15,7 @@ from posttrain.workflow.stopping import EXIT_CODE
 
 def main(step: Callable[..., dict[str, Any] | None]) -> None:
     """Call `step(config, **inputs)` with the file named on the command line: {"config": {...}, "root": ..., ...}."""
-    atexit.register(gc.freeze)  # the exit would look through all that torch and transformers made, for over a second
+    collector.calm()
     name = step.__name__
     needed = [p.name for p in inspect.signature(step).parameters.values() if p.default is p.empty]
     usage = f"usage: python -m steps.{name} inputs.json, a JSON object with {', '.join(needed)}"

@@ -4,8 +4,6 @@ Nothing is imported before a command runs, so that --help answers at once. Resul
 --json; an error with a known cause is one message on stderr and exit status 1.
 """
 
-import atexit
-import gc
 import json
 import sys
 from contextlib import redirect_stdout
@@ -16,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import posttrain
-from posttrain import cli_registry
+from posttrain import cli_registry, collector
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 
 def main() -> None:
     """Run the command that the words name."""
-    atexit.register(gc.freeze)  # the exit would look through all that torch and transformers made, for over a second
+    collector.calm()
     here = Path.cwd()  # where plug-ins may lie; last on the path, so that they hide nothing
     sys.path += [str(folder) for folder in (here, here / "flows") if folder.is_dir()]
     app()
