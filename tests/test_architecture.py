@@ -13,6 +13,7 @@ FILES = [path for folder in ("lib", "steps", "flows") for path in sorted((ROOT /
 
 GROUND = {"errors", "plugin", "deadline", "faults", "manifest", "notice", "s3", "storage"}
 MAY_IMPORT = {
+    "collector": set(),
     "errors": set(),
     "deadline": {"errors"},
     "faults": set(),
@@ -33,8 +34,8 @@ MAY_IMPORT = {
     "config_file": {"errors", "config", "config_text"},
     "overrides": {"errors", "config_text"},
     "cli": {
-        *("cli_registry", "cli_tables", "config", "config_file", "config_retrain", "errors", "overrides", "storage"),
-        "workflow",
+        *("cli_registry", "cli_tables", "collector", "config", "config_file", "config_retrain", "errors", "overrides"),
+        *("storage", "workflow"),
     },
     "cli_registry": {"storage", "workflow"},
     "cli_tables": {"terminal_table"},

@@ -237,16 +237,6 @@ def test_a_gang_without_a_shared_token_is_stopped(tmp_path: Path):
     assert "several nodes need one RAY_AUTH_TOKEN in the environment of all" in done.stdout
 
 
-@pytest.mark.slow
-def test_all_files_of_a_run_may_live_on_s3(tmp_path: Path, s3_bucket: str):
-    changes = {"checkpoint.root": f"{s3_bucket}/runs", "optim.num_steps": 4}
-    first = flow(tmp_path, *overrides(**changes), "run", POSTTRAIN_FAULT="controller.before_train@3")
-    assert first.returncode == 0, first.stdout[-4000:]  # the second attempt continues from step 2
-    assert "continuing after step 2 of 4" in first.stdout
-    assert f"exported model: {s3_bucket}/runs/GRPOFlow/" in first.stdout.replace("\n", "")
-    assert not (tmp_path / "runs").exists()
-
-
 def on_s3(bucket: str) -> dict[str, str]:
     """Environment with Metaflow's datastore on S3, as the run's own files are."""
     where = {"METAFLOW_DEFAULT_DATASTORE": "s3", "METAFLOW_DATASTORE_SYSROOT_S3": f"{bucket}/metaflow"}
@@ -258,11 +248,15 @@ def test_a_store_that_fails_now_and_then_costs_a_run_nothing_but_time(tmp_path: 
     proxy.kinds = (Fault.SLOW_DOWN, Fault.LATE, Fault.RESET_BEFORE_HEADERS, Fault.LOST_ANSWER)
     proxy.rate = 0.05
     words = [*overrides(**{"checkpoint.root": f"{s3_bucket}/runs"}), "run", "--run-id-file", "run_id"]
-    done = flow(tmp_path, *words, **on_s3(s3_bucket))
+    # Every attempt of the step train is killed at its third training step, after a commit; the third has two to go.
+    done = flow(tmp_path, *words, POSTTRAIN_FAULT="controller.before_train@3", **on_s3(s3_bucket))
     proxy.rate = 0.0
-    assert done.returncode == 0 and "(retry)" not in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "continuing after step 2 of 6" in done.stdout and "continuing after step 4 of 6" in done.stdout
+    assert done.stdout.count("(retry)") == 2, "the store's failures cost no attempt of a step"
+    assert f"exported model: {s3_bucket}/runs/GRPOFlow/" in done.stdout.replace("\n", "")
     there = f"{s3_bucket}/runs/GRPOFlow/{(tmp_path / 'run_id').read_text()}"
-    here = str(Path(run.data.exported["uri"]).parent)  # the same run on a disk that never fails
+    here = str(Path(run.data.exported["uri"]).parent)  # the same run on a disk, left alone
     for name in ("export/model.safetensors", "trained_model/model.safetensors", "ledger/grpo.jsonl"):
         assert storage.read_bytes(f"{there}/{name}") == storage.read_bytes(f"{here}/{name}"), name
     assert not (tmp_path / "runs").exists() and proxy.broken > 20, proxy.broken
