@@ -8,8 +8,7 @@ def calm() -> None:
     """Look for garbage more rarely, and not at all at the exit.
 
     torch, transformers and Ray make half a million objects that stay. With the collector's own thresholds a start
-    walks them again and again, an eighth of its processor time (2 cores of a virtual machine, Python 3.11), and the
-    exit for over a second more.
+    walks them again and again, and the exit once more.
     """
     gc.set_threshold(50_000, 20, 100)
     atexit.register(gc.freeze)
