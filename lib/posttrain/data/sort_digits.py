@@ -5,14 +5,11 @@ neighbouring digits swapped), so imitation alone reaches partial skill, and the 
 knows what the demonstrations do not. Held-out rows never occur in the other two sets.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # types.py brings torch, which the processes that score have no use for
-    from posttrain.data.types import Row
+from posttrain.data.types import Row
 
 MIN_DIGITS, MAX_DIGITS = 4, 8
 CARELESS = 0.6
